@@ -1,0 +1,423 @@
+"""Site, At, Edit and Backend: where a model can be read or edited, and the one loop that runs it (seam 1).
+
+Reading is an edit that changes nothing. A backend supplies one primitive, `_forward`, which runs some tokens with
+functions installed at sites; prefix sharing, decoding and sampling are written once, here, on top of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import total_ordering
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rsteer_interp.batch import Batch, ChatTemplate, Tokens, length_groups, make_batch
+from rsteer_interp.errors import UserError
+
+Point = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
+POINTS: tuple[Point, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+Phase = Literal["prefix", "prompt", "decode"]
+T = TypeVar("T")
+
+
+@total_ordering
+@dataclass(frozen=True)
+class Site:
+    """An address in the residual stream, printed with TransformerLens names (`blocks.12.hook_resid_pre`).
+
+    `resid_pre` of block l is the state entering block l; Site(n_layers, "resid_pre") is what the final norm reads.
+    `attn_out` and `mlp_out` are what a block adds to the stream (after a post-norm, where the family has one).
+    """
+
+    layer: int
+    point: Point = "resid_pre"
+
+    def __str__(self) -> str:
+        return f"blocks.{self.layer}.hook_{self.point}"
+
+    def __lt__(self, other: Site) -> bool:
+        return self.order < other.order
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Position in the computation; `resid_post` of block l comes where `resid_pre` of block l+1 does."""
+        return (self.layer + 1, 0) if self.point == "resid_post" else (self.layer, POINTS.index(self.point))
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", text)
+        if match is None or match[2] not in POINTS:
+            raise UserError(f"'{text}' is not a site; write it like blocks.12.hook_resid_pre (points: {', '.join(POINTS)})")
+        return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class At:
+    """Where and when an edit is called.
+
+    `rows` maps each current row to its row in `batch`; `memory` is a scratch space of this one run, in which a gate
+    can keep what it decided on the prompt (per row of `batch`) for the decoding steps.
+    """
+
+    site: Site
+    phase: Phase
+    step: int  # 0 in the prompt pass, 1, 2, ... while decoding
+    positions: Int[Tensor, "row pos"]
+    mask: Bool[Tensor, "row pos"]
+    rows: Int[Tensor, " row"]
+    batch: Batch
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A change of activations: `edit(x, at)` returns a new tensor, never writes into `x`.
+
+    `pointwise`: the new value at a position depends on the value at that position alone (not on the row, the mask or
+    other positions). Only then may a backend compute a template prefix that all rows share once for all of them.
+    """
+
+    @property
+    def sites(self) -> frozenset[Site]: ...
+
+    @property
+    def pointwise(self) -> bool: ...
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature sampling, `n` replies per prompt. The uniform numbers of reply k of a prompt depend only on `seed`,
+    the prompt's tokens and k, so neither batch size nor order of the prompts changes a reply (up to float rounding)."""
+
+    n: int = 1
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Generated tokens, prompt-major: row `i * n + k` is reply k of prompt i. `lengths` counts the end token too."""
+
+    ids: Int[Tensor, "reply step"]
+    lengths: Int[Tensor, " reply"]
+    log_probs: Float[Tensor, "reply step"]  # of the chosen tokens at temperature 1, in nats; 0 past the end
+
+    @property
+    def mean_log_prob(self) -> Float[Tensor, " reply"]:
+        """Mean log-probability per generated token, the paper's s_k."""
+        return self.log_probs.double().sum(-1) / self.lengths.clamp(min=1)
+
+
+class StopForward(Exception):
+    """Raised inside a hook to leave the forward pass after the last site that anybody wants."""
+
+
+@dataclass
+class _Run:
+    """One run of one batch with one edit: what the hooks of every pass need to know."""
+
+    batch: Batch
+    edit: Edit | None
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+    def hooks(
+        self, phase: Phase, step: int, positions: Tensor, mask: Tensor, rows: Tensor
+    ) -> dict[Site, Callable[[Tensor], Tensor]]:
+        if self.edit is None:
+            return {}
+
+        def at_site(site: Site) -> Callable[[Tensor], Tensor]:
+            def apply(x: Tensor) -> Tensor:
+                assert self.edit is not None
+                spot = At(site, phase, step, positions.to(x.device), mask.to(x.device), rows.to(x.device), self.batch, self.memory)
+                out = self.edit(x, spot)
+                if out.shape != x.shape:
+                    raise UserError(f"edit at {site} returned shape {tuple(out.shape)} for input {tuple(x.shape)}")
+                return out.to(x.dtype)
+
+            return apply
+
+        return {site: at_site(site) for site in self.edit.sites}
+
+
+class Backend(ABC):
+    """A chat model that can be read and edited at Sites: `logits`, `generate`, `run` and the list of `sites`."""
+
+    name: str
+
+    def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str = "", batch_size: int = 64) -> None:
+        self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
+        self.batch_size = batch_size
+        self.notes: list[str] = []  # what this backend could not do and did another way; goes into the run's record
+        self.stop_ids = _stop_ids(model, tokenizer)
+
+    # -- what a backend supplies ---------------------------------------------------------------------------------
+
+    n_layers: int
+    d_model: int
+
+    @property
+    @abstractmethod
+    def sites(self) -> frozenset[Site]:
+        """Every site that can be read and edited."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+
+    @abstractmethod
+    def _forward(
+        self,
+        ids: Int[Tensor, "row pos"],
+        mask: Bool[Tensor, "row total"],
+        positions: Int[Tensor, "row pos"],
+        *,
+        cache: Any,
+        hooks: Mapping[Site, Callable[[Tensor], Tensor]],
+        keep: int,
+        use_cache: bool,
+    ) -> tuple[Float[Tensor, "row keep vocab"] | None, Any]:
+        """Run tokens after `cache` (None: none); logits of the last `keep` positions (0: none, and the pass may stop
+        after the last hooked site) and the extended cache. Hooks must be gone afterwards, whatever happens."""
+
+    # -- template and batches ------------------------------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int | None:
+        config = getattr(self.model, "config", None)
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for name in ("max_position_embeddings", "n_positions"):
+            if isinstance(getattr(text_config, name, None), int):
+                return int(getattr(text_config, name))
+        return None
+
+    def template(self, system: str | None = None, **options: Any) -> ChatTemplate:
+        """The model's chat template, bound to its tokenizer and context length."""
+        return ChatTemplate(self.tokenizer, system, options, self.max_length)
+
+    def batch(self, rows: Sequence[Tokens]) -> Batch:
+        pad = self.tokenizer.pad_token_id if getattr(self.tokenizer, "pad_token_id", None) is not None else 0
+        return make_batch(rows, int(pad), self.device)
+
+    def batches(self, rows: Sequence[Tokens], run: Callable[[Batch], T], batch_size: int | None = None) -> Iterator[tuple[list[int], T]]:
+        """Call `run` on batches of similar length; yields (indices of rows, result). Out of memory halves the batch."""
+        size = min(batch_size or self.batch_size, self.batch_size)
+        pending = list(length_groups(rows, size))
+        while pending:
+            group = pending.pop(0)
+            try:
+                result = run(self.batch([rows[i] for i in group]))
+            except (torch.OutOfMemoryError, MemoryError):
+                if len(group) == 1:
+                    raise UserError(
+                        f"out of memory with a single prompt of {len(rows[group[0]].ids)} tokens; use a smaller model, "
+                        "a smaller dtype or device_map='auto'"
+                    ) from None
+                self.batch_size = len(group) // 2
+                self.notes.append(f"out of memory at batch size {len(group)}; continued with {self.batch_size}")
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                remaining = sorted(i for later in [group, *pending] for i in later)
+                order = {i: n for n, i in enumerate(remaining)}
+                pending = [[remaining[j] for j in g] for g in length_groups([rows[i] for i in order], self.batch_size)]
+                continue
+            yield group, result
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def check_sites(self, edit: Edit | None) -> None:
+        missing = sorted(edit.sites - self.sites) if edit is not None else []
+        if missing:
+            raise UserError(f"the {self.name} backend has no site {missing[0]} on this model; it has {self._site_summary()}")
+
+    def _site_summary(self) -> str:
+        points = sorted({site.point for site in self.sites})
+        return f"{', '.join(points)} of layers 0 to {self.n_layers - 1}, and blocks.{self.n_layers}.hook_resid_pre"
+
+    def run(self, batch: Batch, edit: Edit, *, grad: bool = False) -> None:
+        """Run the body of the model for what the edit does or records; no logits, stops after the last site."""
+        with _grad(grad):
+            self._prompt_pass(_Run(batch, edit), keep=0, use_cache=False)
+
+    def logits(self, batch: Batch, edit: Edit | None = None, *, keep: int = 1, grad: bool = False) -> Float[Tensor, "row keep vocab"]:
+        """Logits at the last `keep` columns (with left padding, the last is every row's last token)."""
+        with _grad(grad):
+            logits, _, _ = self._prompt_pass(_Run(batch, edit), keep=keep, use_cache=False)
+        assert logits is not None
+        return logits
+
+    def generate(
+        self, batch: Batch, max_new_tokens: int, edit: Edit | None = None, sampling: Sampling | None = None
+    ) -> Replies:
+        """Greedy replies, or `sampling.n` sampled ones per prompt from one prompt pass. Stops at the model's end tokens.
+
+        Rows that have ended leave the batch.
+        """
+        with _grad(False):
+            return self._generate(_Run(batch, edit), max_new_tokens, sampling)
+
+    def _prompt_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
+        """The prompt tokens, the template prefix that all rows share computed once where that is exact."""
+        self.check_sites(run.edit)
+        batch = run.batch
+        rows = torch.arange(len(batch), device=batch.ids.device)
+        shared = min(batch.shared_prefix, batch.ids.shape[1] - max(keep, 1))
+        pointwise = run.edit is None or run.edit.pointwise
+        if shared < 4 or len(batch) < 2 or not pointwise or not self.can_share_prefix:
+            hooks = run.hooks("prompt", 0, batch.positions, batch.mask, rows)
+            logits, cache = self._forward(
+                batch.ids, batch.mask, batch.positions, cache=None, hooks=hooks, keep=keep, use_cache=use_cache
+            )
+            return logits, cache, batch.mask
+        cache = self._prefix_cache(run, shared)
+        width = max(len(row.ids) for row in batch.rows) - shared
+        ids, mask, positions = batch.ids[:, -width:], batch.mask[:, -width:].clone(), batch.positions[:, -width:]
+        # Columns before a row's own tokens hold a copy of prefix tokens: they are in the cache already.
+        mask &= positions >= shared
+        full_mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], 1)
+        hooks = run.hooks("prompt", 0, positions, mask, rows)
+        logits, cache = self._forward(
+            ids, full_mask, positions, cache=cache, hooks=hooks, keep=keep, use_cache=use_cache
+        )
+        return logits, cache, full_mask
+
+    def _prefix_cache(self, run: _Run, shared: int) -> Any:
+        """Cache of the shared prefix, computed on one row (edit included) and repeated over the rows."""
+        batch = run.batch
+        ids = torch.tensor([run.batch.rows[0].ids[:shared]], device=batch.ids.device)
+        positions = torch.arange(shared, device=batch.ids.device)[None]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        hooks = run.hooks("prefix", 0, positions, mask, torch.zeros(1, dtype=torch.long, device=batch.ids.device))
+        _, cache = self._forward(ids, mask, positions, cache=None, hooks=hooks, keep=1, use_cache=True)
+        cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long, device=batch.ids.device))
+        return cache
+
+    @property
+    @abstractmethod
+    def can_share_prefix(self) -> bool:
+        """Whether a prefix may be computed apart from padded rows: exact for plain full attention, not for sliding windows
+        or recurrent layers, whose state would count the padding between prefix and row."""
+
+    def _generate(self, run: _Run, max_new_tokens: int, sampling: Sampling | None) -> Replies:
+        batch, device = run.batch, run.batch.ids.device
+        logits, cache, mask = self._prompt_pass(run, keep=1, use_cache=True)
+        assert logits is not None
+        logits = logits[:, -1]
+        n = sampling.n if sampling else 1
+        rows = torch.arange(len(batch), device=device).repeat_interleave(n)
+        if n > 1:
+            logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+            cache.reorder_cache(rows)
+        uniforms = _uniforms(batch, sampling, max_new_tokens).to(device) if sampling else None
+        positions = batch.lengths[rows]
+        replies = torch.arange(len(rows), device=device)  # which reply each current row is
+        ids = torch.zeros((len(rows), max_new_tokens), dtype=torch.long, device=device)
+        log_probs = torch.zeros((len(rows), max_new_tokens), dtype=torch.float32, device=device)
+        lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
+        done = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        stop = torch.tensor(sorted(self.stop_ids), device=device)
+        for step in range(max_new_tokens):
+            token, log_prob = _choose(logits, uniforms[replies, step] if uniforms is not None else None, sampling)
+            alive = replies[~done]
+            ids[alive, step], log_probs[alive, step] = token[~done], log_prob[~done]
+            lengths[alive] += 1
+            done = done | torch.isin(token, stop)
+            if step == max_new_tokens - 1 or bool(done.all()):
+                break
+            if bool(done.any()):
+                keep_rows = (~done).nonzero()[:, 0]
+                cache.reorder_cache(keep_rows)
+                token, rows, replies, mask, positions = (t[keep_rows] for t in (token, rows, replies, mask, positions))
+                done = done[keep_rows]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            hooks = run.hooks("decode", step + 1, positions[:, None], torch.ones_like(mask[:, :1]), rows)
+            step_logits, cache = self._forward(
+                token[:, None], mask, positions[:, None], cache=cache, hooks=hooks, keep=1, use_cache=True
+            )
+            assert step_logits is not None
+            logits, positions = step_logits[:, -1], positions + 1
+        return Replies(ids.cpu(), lengths.cpu(), log_probs.cpu())
+
+    def decode(self, replies: Replies) -> list[str]:
+        """Text of each reply, without special tokens."""
+        return [
+            self.tokenizer.decode(row[:length].tolist(), skip_special_tokens=True)
+            for row, length in zip(replies.ids, replies.lengths.tolist(), strict=True)
+        ]
+
+
+@contextmanager
+def _grad(on: bool) -> Iterator[None]:
+    with torch.enable_grad() if on else torch.inference_mode():
+        yield
+
+
+def _choose(logits: Tensor, uniform: Tensor | None, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
+    """Next token (greedy, or by inverting the cumulative distribution at `uniform`) and its log-prob at temperature 1."""
+    logits = logits.float()
+    if uniform is None or sampling is None:
+        token = logits.argmax(-1)
+    else:
+        cumulative = (logits / sampling.temperature).softmax(-1).cumsum(-1)
+        target = (uniform * cumulative[:, -1])[:, None]
+        token = torch.searchsorted(cumulative, target.contiguous(), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    chosen = logits.gather(-1, token[:, None])[:, 0]
+    return token, chosen - logits.logsumexp(-1)
+
+
+def _uniforms(batch: Batch, sampling: Sampling, steps: int) -> Tensor:
+    """One uniform number per reply and step, from generators seeded by (seed, prompt tokens, reply)."""
+    out = []
+    for row in batch.rows:
+        for k in range(sampling.n):
+            key = f"{sampling.seed}|{k}|{','.join(map(str, row.ids))}".encode()
+            seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+            out.append(torch.rand(steps, generator=torch.Generator().manual_seed(seed)))
+    return torch.stack(out)
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Compose:
+    """Edits one after the other, in the given order, at every site they share."""
+
+    edits: tuple[Edit, ...]
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset().union(*(edit.sites for edit in self.edits))
+
+    @property
+    def pointwise(self) -> bool:
+        return all(edit.pointwise for edit in self.edits)
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        for edit in self.edits:
+            if at.site in edit.sites:
+                x = edit(x, at)
+        return x
+
+
+def compose(*edits: Edit | None) -> Edit | None:
+    """The edits in order as one edit; None stands for no edit."""
+    real: Iterable[Edit] = [edit for edit in edits if edit is not None]
+    parts = tuple(real)
+    return Compose(parts) if len(parts) > 1 else (parts[0] if parts else None)

@@ -1,0 +1,184 @@
+"""Hooks backend: forward (pre-)hooks on any transformers decoder; device maps, quantised weights, tensor parallel.
+
+The decoder blocks and the sub-modules that write to the stream are found by structure and arithmetic, not by family
+name: a pair of sub-modules is `attn_out`, `mlp_out` exactly when resid_pre + attn_out + mlp_out = resid_post.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from itertools import combinations
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rsteer_interp.backends.base import Backend, Site, StopForward
+from rsteer_interp.errors import UserError
+
+
+class HooksBackend(Backend):
+    """Any transformers causal language model, run by itself with hooks on its decoder blocks."""
+
+    name = "hooks"
+
+    def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str = "", batch_size: int = 64) -> None:
+        super().__init__(model, tokenizer, fingerprint=fingerprint, batch_size=batch_size)
+        config = model.config.get_text_config()
+        self.n_layers, self.d_model = int(config.num_hidden_layers), int(config.hidden_size)
+        self.blocks = find_blocks(model, self.n_layers)
+        self._writers = self._find_writers()
+        self._full_attention: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        resid = {Site(layer) for layer in range(self.n_layers + 1)}
+        resid |= {Site(layer, "resid_post") for layer in range(self.n_layers)}
+        for layer, pair in enumerate(self._writers):
+            if pair is not None:
+                resid |= {Site(layer, "attn_out"), Site(layer, "mlp_out")}
+        return frozenset(resid)
+
+    @property
+    def can_share_prefix(self) -> bool:
+        if self._full_attention is None:
+            cache = self._forward(*self._probe(), cache=None, hooks={}, keep=1, use_cache=True)[1]
+            kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+            self._full_attention = kinds == {"DynamicLayer"}
+            if not self._full_attention:
+                self.notes.append(f"template prefix not shared between prompts: cache layers are {', '.join(sorted(kinds))}")
+        return self._full_attention
+
+    def _probe(self) -> tuple[Tensor, Tensor, Tensor]:
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(6, device=self.device)[None] * 7 % vocab
+        return ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(6, device=self.device)[None]
+
+    def _forward(
+        self,
+        ids: Int[Tensor, "row pos"],
+        mask: Bool[Tensor, "row total"],
+        positions: Int[Tensor, "row pos"],
+        *,
+        cache: Any,
+        hooks: Mapping[Site, Callable[[Tensor], Tensor]],
+        keep: int,
+        use_cache: bool,
+    ) -> tuple[Float[Tensor, "row keep vocab"] | None, Any]:
+        with ExitStack() as stack:
+            for site in sorted(hooks):
+                stack.callback(self._install(site, hooks[site]).remove)
+            if keep == 0:
+                stack.callback(self._install_stop(max(hooks)).remove)
+            try:
+                out = self.model(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=use_cache,
+                    logits_to_keep=max(keep, 1),
+                )
+            except StopForward:
+                return None, None
+        return out.logits[:, -keep:], out.past_key_values if use_cache else None
+
+    def _install(self, site: Site, function: Callable[[Tensor], Tensor]) -> Any:
+        if site.point in ("attn_out", "mlp_out"):
+            pair = self._writers[site.layer]
+            assert pair is not None
+            return pair[site.point == "mlp_out"].register_forward_hook(
+                lambda module, args, output: _replace_first(output, function(_first(output)))
+            )
+        layer = site.layer + (site.point == "resid_post")
+        if layer == self.n_layers:
+            return self.blocks[-1].register_forward_hook(
+                lambda module, args, output: _replace_first(output, function(_first(output)))
+            )
+        return self.blocks[layer].register_forward_pre_hook(
+            lambda module, args, kwargs: _replace_input(args, kwargs, function), with_kwargs=True
+        )
+
+    def _install_stop(self, last: Site) -> Any:
+        def stop(*_: Any) -> None:
+            raise StopForward
+
+        # After the last wanted site: at the end of its block, or at its block's input when that is all that is wanted.
+        layer = last.order[0]
+        if last.point in ("attn_out", "mlp_out") or layer == self.n_layers:
+            return self.blocks[min(layer, self.n_layers - 1)].register_forward_hook(stop)
+        return self.blocks[layer].register_forward_pre_hook(stop)
+
+    def _find_writers(self) -> list[tuple[nn.Module, nn.Module] | None]:
+        """Per block, the two sub-modules whose outputs add up with the block's input to its output."""
+        if not self.blocks:
+            return []
+        seen: list[list[tuple[nn.Module, Tensor]]] = [[] for _ in self.blocks]
+        inputs: list[Tensor] = [torch.empty(0)] * self.n_layers
+        outputs: list[Tensor] = [torch.empty(0)] * self.n_layers
+        with ExitStack() as stack, torch.inference_mode():
+
+            def watch(layer: int, child: nn.Module) -> None:
+                def record(module: nn.Module, args: Any, output: Any) -> None:
+                    value = _first(output)
+                    if isinstance(value, Tensor):
+                        seen[layer].append((child, value.detach().clone()))
+
+                stack.callback(child.register_forward_hook(record).remove)
+
+            for layer, block in enumerate(self.blocks):
+                for child in block.children():
+                    watch(layer, child)
+
+                def ends(module: nn.Module, args: Any, kwargs: Any, output: Any, layer: int = layer) -> None:
+                    inputs[layer], outputs[layer] = _block_input(args, kwargs).clone(), _first(output).clone()
+
+                stack.callback(block.register_forward_hook(ends, with_kwargs=True).remove)
+            ids, mask, positions = self._probe()
+            self.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+        return [_adding_pair(seen[i], inputs[i], outputs[i]) for i in range(self.n_layers)]
+
+
+def find_blocks(model: Any, n_layers: int) -> list[nn.Module]:
+    """The decoder's list of blocks: the first ModuleList in the decoder that is as long as the model is deep."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return list(module)
+    raise UserError(f"{type(model).__name__} has no list of {n_layers} decoder blocks; only decoder models are supported")
+
+
+def _adding_pair(
+    seen: list[tuple[nn.Module, Tensor]], before: Tensor, after: Tensor
+) -> tuple[nn.Module, nn.Module] | None:
+    candidates = [(module, value) for module, value in seen if value.shape == after.shape]
+    rounding = 8 * torch.finfo(after.dtype).eps  # each addition rounds at the size of the stream, coordinate by coordinate
+    for (first, a), (second, b) in combinations(candidates, 2):
+        size = before.abs() + a.abs() + b.abs()
+        if bool(((before.double() + a.double() + b.double() - after.double()).abs() <= rounding * size).all()):
+            return first, second
+    return None
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _replace_first(output: Any, value: Tensor) -> Any:
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+def _block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]  # type: ignore[no-any-return]
+
+
+def _replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+    if args:
+        return (function(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}

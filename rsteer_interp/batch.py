@@ -1,0 +1,183 @@
+"""Batch: token ids, mask, positions and spans of chat prompts, made once, here, from the tokenizer's own chat template.
+
+A backend never tokenizes. Padding is on the left, so that the last column is the last prompt token of every row; the
+mask and the position ids always travel with the ids (a left-padded row without them is silently wrong).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from rsteer_interp.errors import UserError
+
+_SENTINEL = "\ue000instruction\ue001"  # private-use characters: no template and no tokenizer treats them specially
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One rendered prompt: ids, and where its template prefix, instruction and template suffix end.
+
+    `ids[:prefix]` is the template before the instruction, `ids[prefix:instruction]` the instruction,
+    `ids[instruction:prompt]` the template after it (generation prompt included), `ids[prompt:]` the answer, if any.
+    """
+
+    ids: tuple[int, ...]
+    prefix: int
+    instruction: int
+    prompt: int
+
+    @property
+    def answer_length(self) -> int:
+        return len(self.ids) - self.prompt
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded rows of token ids with mask, position ids and span ends (as position ids, so padding-free)."""
+
+    ids: Int[Tensor, "row pos"]
+    mask: Bool[Tensor, "row pos"]
+    positions: Int[Tensor, "row pos"]
+    rows: tuple[Tokens, ...]
+    shared_prefix: int  # leading tokens that are the same in all rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def answer_mask(self) -> Bool[Tensor, "row pos"]:
+        """True at the tokens of the answer that follows each prompt."""
+        ends = torch.tensor([row.prompt for row in self.rows], device=self.ids.device)
+        return self.mask & (self.positions >= ends[:, None])
+
+    @property
+    def lengths(self) -> Int[Tensor, " row"]:
+        """Number of real tokens of each row, which is the position id of the first generated token."""
+        return self.mask.sum(-1)
+
+    def span_end(self, name: str) -> Int[Tensor, " row"]:
+        """Position id at which each row's `prefix`, `instruction` or `prompt` span ends."""
+        return torch.tensor([getattr(row, name) for row in self.rows], device=self.ids.device)
+
+
+def make_batch(rows: Sequence[Tokens], pad_id: int, device: str | torch.device = "cpu") -> Batch:
+    """Left-pad rows into one Batch on a device."""
+    if not rows:
+        raise UserError("cannot make a batch of no prompts; check the prompt set and its split")
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
+        mask[i, width - len(row.ids) :] = True
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return Batch(ids.to(device), mask.to(device), positions.to(device), tuple(rows), _shared_prefix(rows))
+
+
+def _shared_prefix(rows: Sequence[Tokens]) -> int:
+    # Every row keeps at least one token of its own, so that there is something to run after the prefix.
+    limit = min(min(len(row.ids) - 1 for row in rows), min(row.prompt - 1 for row in rows))
+    first = rows[0].ids
+    for i in range(limit):
+        if any(row.ids[i] != first[i] for row in rows):
+            return i
+    return max(limit, 0)
+
+
+def length_groups(rows: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]:
+    """Indices of rows in groups of similar length, longest first (so that running out of memory shows at once)."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Renders an instruction with the tokenizer's chat template, to ids, without adding special tokens a second time.
+
+    `options` go to the template as they are (`{"enable_thinking": False}` for models that can think aloud).
+    """
+
+    tokenizer: Any
+    system: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            name = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
+            raise UserError(
+                f"tokenizer '{name}' has no chat template; use an instruction-tuned (chat) model or set "
+                "tokenizer.chat_template"
+            )
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise UserError(
+                f"tokenizer {type(self.tokenizer).__name__} is not a fast tokenizer, so spans cannot be located; "
+                "save a tokenizer.json for it"
+            )
+
+    def render(self, instruction: str) -> tuple[str, int, int]:
+        """Text of the prompt, and the character range of the instruction in it."""
+        before, after = self._frame()
+        return before + instruction + after, len(before), len(before) + len(instruction)
+
+    def _frame(self) -> tuple[str, str]:
+        messages = [{"role": "user", "content": _SENTINEL}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.options
+            )
+        except Exception as error:  # a template is a program of the model's author: it may raise anything
+            raise UserError(f"the chat template refused these messages ({error}); try without a system prompt") from None
+        before, found, after = text.partition(_SENTINEL)
+        if not found or _SENTINEL in after:
+            raise UserError("the chat template does not show the instruction exactly once; spans cannot be located")
+        return before, after
+
+    def encode(self, instruction: str, answer: str | None = None) -> Tokens:
+        """Token ids and spans of one prompt, with the answer's tokens appended when one is given."""
+        # Templates strip the message; so do we, so that what is measured is what `apply_chat_template` would give.
+        text, start, stop = self.render(instruction.strip())
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        if not ids:
+            raise UserError(f"the tokenizer returned no tokens for the prompt {instruction[:60]!r}")
+        # A token that straddles a border belongs to the instruction.
+        prefix = sum(1 for _, end in offsets if end <= start)
+        instruction_end = max(prefix, sum(1 for begin, _ in offsets if begin < stop))
+        prompt_end = len(ids)
+        if answer:
+            ids += self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise UserError(
+                f"prompt of {len(ids)} tokens is longer than the model's context of {self.max_length}: "
+                f"{instruction[:60]!r}...; shorten or drop it"
+            )
+        return Tokens(tuple(ids), prefix, instruction_end, prompt_end)
+
+    def encode_all(self, instructions: Sequence[str], answers: Sequence[str] | None = None) -> list[Tokens]:
+        if answers is None:
+            return [self.encode(text) for text in instructions]
+        return [self.encode(text, answer) for text, answer in zip(instructions, answers, strict=True)]
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id: padding is masked and never read."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @property
+    def digest(self) -> str:
+        """Hash of the rendered template around an instruction, for provenance and cache keys."""
+        return hashlib.blake2b("\0".join(self._frame()).encode(), digest_size=8).hexdigest()
