@@ -1,0 +1,87 @@
+"""Collect activations: an edit that changes nothing and records what passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsteer_interp.backends.base import At, Backend, Edit, Site, compose
+from rsteer_interp.batch import Batch, Tokens
+from rsteer_interp.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class RecordLast:
+    """Keeps each row's state at the last prompt token (the paper's position), sliced inside the hook, as float32 on CPU."""
+
+    sites: frozenset[Site]
+    states: dict[Site, Float[Tensor, "row d"]] = field(default_factory=dict)
+
+    pointwise = True  # it changes nothing, so a shared prefix may be computed once
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        if at.phase == "prompt":
+            # A copy, not a view: later code must not see what an in-place change does to the stream.
+            self.states[at.site] = x[:, -1].detach().to("cpu", torch.float32, copy=True)
+        return x
+
+
+def last_states(
+    backend: Backend,
+    rows: Sequence[Tokens],
+    sites: Sequence[Site],
+    edit: Edit | None = None,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> dict[Site, Float[Tensor, "prompt d"]]:
+    """States of every prompt's last token at the given sites, in the order of the prompts.
+
+    One pass of the body of the model (no LM head, stops after the last site). With an `edit`, states are what a reader
+    at the site sees after it. Memory: prompts x sites x d_model x 4 bytes; for more, stream into Moments by batches.
+    """
+    out = {site: torch.empty(len(rows), backend.d_model) for site in sites}
+
+    def run(batch: Batch) -> dict[Site, Tensor]:
+        record = RecordLast(frozenset(sites))
+        both = compose(edit, record)
+        assert both is not None
+        backend.run(batch, both)
+        return record.states
+
+    for group, states in backend.batches(rows, run):
+        for site, value in states.items():
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
+            out[site][group] = value
+        on_batch(len(group))
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class RecordNorm:
+    """Running mean of the residual norm |h| over real prompt tokens, per site: the denominator of the relative dose."""
+
+    sites: frozenset[Site]
+    totals: dict[Site, list[float]] = field(default_factory=dict)
+
+    pointwise = True
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        if at.phase == "prompt":
+            total = self.totals.setdefault(at.site, [0.0, 0.0])
+            norms = x.detach().double().norm(dim=-1)[at.mask]
+            total[0] += float(norms.sum())
+            total[1] += norms.numel()
+        return x
+
+
+def mean_norms(backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site]) -> dict[Site, float]:
+    """Mean |h| at each site over the prompts' own tokens (the template prefix that all share is left out, and with it
+    the first token, whose norm is an outlier in most models)."""
+    record = RecordNorm(frozenset(sites))
+    for _ in backend.batches(rows, lambda batch: backend.run(batch, record)):
+        pass
+    return {site: total / count for site, (total, count) in record.totals.items()}

@@ -1,0 +1,31 @@
+"""What every analysis does with its command line: parse a Config, run, and turn errors for the user into one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from rsteer_interp.errors import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def run(config_type: type[ConfigT], function: Callable[[ConfigT], object], argv: Sequence[str] | None = None) -> int:
+    """Exit code of `function(Config from argv)`: 0, 2 after a UserError (one line on stderr), 130 when interrupted.
+
+    The help text is the docstring of the analysis and of its Config's fields; nothing heavy is imported to print it.
+    """
+    description = sys.modules[config_type.__module__].__doc__
+    config = tyro.cli(config_type, args=argv, description=description)
+    try:
+        function(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue from the last finished stage", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,149 @@
+"""Interventions: ablation, addition, reposition and their kind, as one affine operator along unit directions.
+
+    h' = h - kappa <h - ref, v> v + a v         (v a unit vector; methods: one operator covers most edits)
+
+| edit                              | kappa | ref            | a            |
+| directional ablation (Arditi)     | 1     | 0              | 0            |
+| reposition (Refusal Steering)     | 1     | neutral mean o | alpha s      |
+| addition                          | 0     | any            | alpha s      |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsteer_interp.backends.base import At, Edit, Site
+from rsteer_interp.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The affine operator at one site: `h - kappa <h - ref, v> v + a v`, v scaled to unit length here.
+
+    `amount` (a, in units of the residual stream) and `kappa` may be numbers or tensors over the rows of the batch, so
+    that one batch can hold many settings; then the edit is not pointwise (it depends on the row).
+    """
+
+    site: Site
+    direction: Float[Tensor, " d"]
+    kappa: float | Float[Tensor, " row"] = 0.0
+    reference: Float[Tensor, " d"] | None = None
+    amount: float | Float[Tensor, " row"] = 0.0
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        norm = float(self.direction.double().norm())
+        if not norm > 0 or norm == float("inf"):
+            raise UserError(f"direction at {self.site} has length {norm}; a direction needs a finite, nonzero length")
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset({self.site})
+
+    @property
+    def pointwise(self) -> bool:
+        return not isinstance(self.kappa, Tensor) and not isinstance(self.amount, Tensor)
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        unit, offset = self._on(x)
+        kappa, amount = self._per_row(self.kappa, x, at), self._per_row(self.amount, x, at)
+        # Inner products in float32 at least: a half-precision stream loses the projection to rounding.
+        projection = (x.to(unit.dtype) @ unit)[..., None] - offset
+        return (x + ((amount - kappa * projection) * unit).to(x.dtype)).to(x.dtype)
+
+    def _on(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vector and <ref, v> on the tensor's device, in float32 (float64 for a float64 stream)."""
+        key = (x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if key not in self._copies:
+            unit = self.direction.double() / self.direction.double().norm()
+            offset = unit @ self.reference.double() if self.reference is not None else torch.zeros(())
+            self._copies[key] = (unit.to(*key), offset.to(*key))
+        return self._copies[key]
+
+    @staticmethod
+    def _per_row(value: float | Tensor, x: Tensor, at: At) -> float | Tensor:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(x.device, torch.float32)[at.rows.cpu()][:, None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Everywhere:
+    """Edits at several sites as one edit, at most one per site."""
+
+    edits: Mapping[Site, Edit]
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset(self.edits)
+
+    @property
+    def pointwise(self) -> bool:
+        return all(edit.pointwise for edit in self.edits.values())
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        return self.edits[at.site](x, at)
+
+
+def ablate(directions: Mapping[Site, Float[Tensor, " d"]]) -> Edit:
+    """Directional ablation `h - <h, v> v` at each site (Arditi et al., eq. 4); idempotent."""
+    return Everywhere({site: Affine(site, v, kappa=1.0) for site, v in directions.items()})
+
+
+def add(
+    directions: Mapping[Site, Float[Tensor, " d"]], amounts: Mapping[Site, float] | Mapping[Site, Float[Tensor, " row"]]
+) -> Edit:
+    """Addition `h + a v` with v unit and the amount a in units of the stream, at each site."""
+    return Everywhere({site: Affine(site, v, amount=amounts[site]) for site, v in directions.items()})
+
+
+def set_component(
+    directions: Mapping[Site, Float[Tensor, " d"]],
+    references: Mapping[Site, Float[Tensor, " d"]],
+    amounts: Mapping[Site, float] | Mapping[Site, Float[Tensor, " row"]],
+) -> Edit:
+    """Reposition: the component along v becomes `<ref, v> + a` (Refusal Steering, eq. 9; ACE with ref = neutral mean)."""
+    return Everywhere(
+        {
+            site: Affine(site, v, kappa=1.0, reference=references[site], amount=amounts[site])
+            for site, v in directions.items()
+        }
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class AtPositions:
+    """An edit restricted to some positions: the template prefix, the instruction, the suffix, or generated tokens.
+
+    `spans` names them; everything outside is left as it is.
+    """
+
+    edit: Edit
+    spans: frozenset[str] = frozenset({"suffix", "generated"})
+
+    SPANS = frozenset({"prefix", "instruction", "suffix", "generated"})
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.spans - self.SPANS)
+        if unknown:
+            raise UserError(f"unknown span '{unknown[0]}'; choose from {', '.join(sorted(self.SPANS))}")
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return self.edit.sites
+
+    @property
+    def pointwise(self) -> bool:
+        return False  # where a span ends depends on the row
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        ends = [at.batch.span_end(name).to(x.device)[at.rows][:, None] for name in ("prefix", "instruction", "prompt")]
+        index = sum((at.positions >= end).long() for end in ends)
+        assert isinstance(index, Tensor)
+        wanted = torch.tensor([name in self.spans for name in ("prefix", "instruction", "suffix", "generated")], device=x.device)
+        return torch.where(wanted[index][..., None], self.edit(x, at), x)
