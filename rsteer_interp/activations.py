@@ -72,15 +72,16 @@ class RecordNorm:
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         if at.phase == "prompt":
             total = self.totals.setdefault(at.site, [0.0, 0.0])
-            norms = x.detach().double().norm(dim=-1)[at.mask]
+            own = at.mask & (at.positions >= at.batch.span_end("prefix")[at.rows][:, None].to(x.device))
+            norms = x.detach().double().norm(dim=-1)[own]
             total[0] += float(norms.sum())
             total[1] += norms.numel()
         return x
 
 
 def mean_norms(backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site]) -> dict[Site, float]:
-    """Mean |h| at each site over the prompts' own tokens (the template prefix that all share is left out, and with it
-    the first token, whose norm is an outlier in most models)."""
+    """Mean |h| at each site over the prompts' own tokens after the template prefix (which is left out, and with it the first
+    token, whose norm is an outlier in most models)."""
     record = RecordNorm(frozenset(sites))
     for _ in backend.batches(rows, lambda batch: backend.run(batch, record)):
         pass

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsteer_interp.errors import UserError
@@ -39,6 +39,14 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Unedited states entering block `layer`: a sweep of edits at or after it need not run the blocks before."""
+
+    layer: int
+    states: Float[Tensor, "row pos d"]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Left-padded rows of token ids with mask, position ids and span ends (as position ids, so padding-free)."""
 
@@ -47,6 +55,7 @@ class Batch:
     positions: Int[Tensor, "row pos"]
     rows: tuple[Tokens, ...]
     shared_prefix: int  # leading tokens that are the same in all rows
+    start: Start | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,7 +146,9 @@ class ChatTemplate:
                 messages, tokenize=False, add_generation_prompt=True, **self.options
             )
         except Exception as error:  # a template is a program of the model's author: it may raise anything
-            raise UserError(f"the chat template refused these messages ({error}); try without a system prompt") from None
+            raise UserError(
+                f"the chat template refused these messages ({error}); try without a system prompt"
+            ) from None
         before, found, after = text.partition(_SENTINEL)
         if not found or _SENTINEL in after:
             raise UserError("the chat template does not show the instruction exactly once; spans cannot be located")

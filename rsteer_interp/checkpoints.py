@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from rsteer_interp.demo_models import (
     folder_from_archives,
     folder_from_gguf,
     models_folder,
-    quiet_transformers,
+    quiet_libraries,
     read_manifest,
 )
 
@@ -127,7 +128,7 @@ def _resolve_loaded(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Ch
 
 
 def _resolve_demo(demo: DemoModel) -> Checkpoint:
-    """Cache, hub, archives. The order keeps a machine on the weights it began with, even when the hub comes and goes."""
+    """Cache, hub, archives: a machine stays with the weights it began with, even when the hub comes and goes."""
     folder = models_folder() / demo.name
     if manifest := read_manifest(folder):
         return Checkpoint(name=demo.name, source=manifest.source, folder=folder)
@@ -202,7 +203,8 @@ def _download_snapshot(demo: DemoModel) -> Path | None:
     try:
         if _hub_commit(demo.hub_id, demo.revision) is None:
             return None
-        return Path(snapshot_download(demo.hub_id, revision=demo.revision, allow_patterns=_MODEL_FILES))
+        with quiet_libraries(bars=sys.stderr.isatty()):
+            return Path(snapshot_download(demo.hub_id, revision=demo.revision, allow_patterns=_MODEL_FILES))
     except Exception as error:  # a mirror without it, a proxy that lets only the front page through, ...
         warnings.warn(f"{demo.hub_id}: the hub answers but does not give it ({error}); using archives", stacklevel=2)
         return None
@@ -249,8 +251,9 @@ def load(
     """The model of a checkpoint, in eval mode and without gradients, its tokenizer and its fingerprint.
 
     device "auto": the accelerator (CUDA, MPS) where there is one, else the CPU. dtype "auto": bf16 on an accelerator
-    (fp16 where it cannot, with a warning for a bf16 checkpoint), fp32 on the CPU. `device_map` goes to `from_pretrained`
-    as it is, and the model is not moved afterwards. A model in memory stays where it is, as it is; only its mode changes.
+    (fp16 where it cannot, with a warning for a bf16 checkpoint), fp32 on the CPU. `device_map` goes straight to
+    `from_pretrained`, and the model is not moved afterwards. A model in memory is neither moved nor cast, but its mode
+    changes.
     Raises CheckpointError, naming the checkpoint and the remedy.
     """
     import torch
@@ -264,9 +267,9 @@ def load(
                 "move or cast it yourself, or leave device and dtype at auto"
             )
     else:
-        with quiet_transformers(), _named_errors(checkpoint):
+        with quiet_libraries(bars=sys.stderr.isatty()), _named_errors(checkpoint):
             model, tokenizer = _from_pretrained(checkpoint, device, dtype, device_map, trust_remote_code)
-    model.eval()
+    model.train(False)
     model.requires_grad_(False)
     # The first parameter that is somewhere: what is offloaded to disk stands as "meta".
     devices = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
@@ -304,7 +307,9 @@ def _from_pretrained(
         where, config=config, dtype=wanted, device_map=placed, use_safetensors=True, **options
     )
     tokenizer = checkpoint.tokenizer or AutoTokenizer.from_pretrained(where, **options)
-    return (model if placed is not None else model.to(target)), tokenizer
+    if placed is None:
+        cast("torch.nn.Module", model).to(target)
+    return model, tokenizer
 
 
 @contextmanager
@@ -324,10 +329,7 @@ def _named_errors(checkpoint: Checkpoint) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         remedy = "check that the folder or repository is complete and that transformers knows this architecture"
         if "trust_remote_code" in str(error):
-            reason, remedy = (
-                "it needs code of its own",
-                "read that code, and allow it with trust_remote_code if you trust it",
-            )
+            reason, remedy = "it needs code of its own", "read that code, then allow it with trust_remote_code"
         raise CheckpointError(f"{checkpoint.name}: cannot be loaded ({reason}); {remedy}") from error
 
 
@@ -368,15 +370,7 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 _SAMPLE = 1024  # values per tensor
 _STEP = 2654435761  # odd and near the golden ratio of 2**32, so that the sample visits all rows and columns
-_IMMATERIAL = {
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "name_or_path",
-    "architectures",
-    "use_cache",
-    "gguf_file",
-}
+_IMMATERIAL = {"transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "gguf_file"}
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -384,8 +378,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Covers the config (without paths, dtype, versions) and, of every parameter, its name, its shape and 1024 values (all
     of them in a smaller tensor). So an edit of a whole matrix shows, and so does another dtype, since rounding changes
-    values; an edit of a few entries may not. Of a weight that is not at hand (offloaded to "meta", sharded over processes,
-    packed in a way that cannot be indexed) only name and shape are covered. Equal in every process and on every device.
+    values; an edit of a few entries may not. Of a weight that is not at hand (offloaded, sharded over processes, packed
+    in a way that cannot be indexed) only name and shape are covered. Equal in every process and on every device.
     """
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(_material(model.config.to_diff_dict()), sort_keys=True, default=str).encode())
@@ -408,8 +402,11 @@ def _sample(parameter: torch.Tensor) -> bytes:
 
     if parameter.device.type == "meta" or isinstance(parameter, DTensor):
         return b"elsewhere"
-    flat = parameter.detach().reshape(-1)
-    size = flat.numel()
-    if size > _SAMPLE:
-        flat = flat[torch.arange(_SAMPLE, device=flat.device) * _STEP % size]
-    return flat.to(torch.float32).cpu().numpy().astype("<f4").tobytes()
+    try:
+        flat = parameter.detach().reshape(-1)
+        size = flat.numel()
+        if size > _SAMPLE:
+            flat = flat[torch.arange(_SAMPLE, device=flat.device) * _STEP % size]
+        return flat.to(torch.float32).cpu().numpy().astype("<f4").tobytes()
+    except (NotImplementedError, RuntimeError):  # a tensor subclass of a quantisation library
+        return b"packed"

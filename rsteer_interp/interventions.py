@@ -145,5 +145,7 @@ class AtPositions:
         ends = [at.batch.span_end(name).to(x.device)[at.rows][:, None] for name in ("prefix", "instruction", "prompt")]
         index = sum((at.positions >= end).long() for end in ends)
         assert isinstance(index, Tensor)
-        wanted = torch.tensor([name in self.spans for name in ("prefix", "instruction", "suffix", "generated")], device=x.device)
+        wanted = torch.tensor(
+            [name in self.spans for name in ("prefix", "instruction", "suffix", "generated")], device=x.device
+        )
         return torch.where(wanted[index][..., None], self.edit(x, at), x)

@@ -79,7 +79,9 @@ class PromptSet:
         """The prompts of one split; sets without splits of their own are split by a hash of the subject."""
         chosen = tuple(p for p in self.prompts if (p.split or _split_of(p.subject, self.prompts)) == split)
         if not chosen:
-            raise UserError(f"prompt set '{self.name}' has no prompts in split '{split}'; it needs at least three subjects")
+            raise UserError(
+                f"prompt set '{self.name}' has no prompts in split '{split}'; it needs at least three subjects"
+            )
         return PromptSet(self.name, chosen)
 
     def sample(self, n: int, seed: int) -> PromptSet:
@@ -142,7 +144,9 @@ def _checked(name: str, records: list[dict[str, Any]]) -> PromptSet:
             prompts.append(Prompt.model_validate(row))
         except ValidationError as error:
             detail = error.errors()[0]
-            raise UserError(f"prompt {i + 1} of '{name}': {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from None
+            raise UserError(
+                f"prompt {i + 1} of '{name}': {'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+            ) from None
     if not prompts:
         raise UserError(f"prompt set '{name}' is empty; give at least one prompt")
     return PromptSet(name, tuple(prompts))
@@ -179,7 +183,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"'{path.name}' line {number} is not JSON ({error.msg}); one object per line") from None
         if not isinstance(record, dict):
-            raise UserError(f"'{path.name}' line {number} is not an object; write {{\"prompt\": \"...\"}}")
+            raise UserError(f'\'{path.name}\' line {number} is not an object; write {{"prompt": "..."}}')
         if not record.get("header"):
             records.append(record)
     return records
@@ -204,7 +208,9 @@ def _read_hub(reference: str) -> list[dict[str, Any]]:
 
         data = load_dataset(name, config or None, revision=revision or None, split=split or None)
     except Exception as error:  # the hub client raises many unrelated types; all mean the same to the user
-        raise UserError(f"hub data set '{name}' cannot be had ({type(error).__name__}); check its id, revision and the network") from None
+        raise UserError(
+            f"hub data set '{name}' cannot be had ({type(error).__name__}); check its id, revision and the network"
+        ) from None
     if hasattr(data, "keys"):
         raise UserError(f"hub data set '{name}' has splits {', '.join(data.keys())}; choose one: hf:{head}#<split>")
     return [dict(row) for row in data]

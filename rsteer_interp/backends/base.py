@@ -10,7 +10,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import total_ordering
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rsteer_interp.batch import Batch, ChatTemplate, Tokens, length_groups, make_batch
+from rsteer_interp.batch import Batch, ChatTemplate, Start, Tokens, length_groups, make_batch
 from rsteer_interp.errors import UserError
 
 Point = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
@@ -44,7 +44,8 @@ class Site:
         return f"blocks.{self.layer}.hook_{self.point}"
 
     def __lt__(self, other: Site) -> bool:
-        return self.order < other.order
+        # Where two names mean one place, resid_post of the block comes before resid_pre of the next, as o before r.
+        return (self.order, self.point) < (other.order, other.point)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -55,7 +56,9 @@ class Site:
     def parse(cls, text: str) -> Site:
         match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", text)
         if match is None or match[2] not in POINTS:
-            raise UserError(f"'{text}' is not a site; write it like blocks.12.hook_resid_pre (points: {', '.join(POINTS)})")
+            raise UserError(
+                f"'{text}' is not a site; write it like blocks.12.hook_resid_pre (points: {', '.join(POINTS)})"
+            )
         return cls(int(match[1]), match[2])  # type: ignore[arg-type]
 
 
@@ -111,6 +114,7 @@ class Replies:
     ids: Int[Tensor, "reply step"]
     lengths: Int[Tensor, " reply"]
     log_probs: Float[Tensor, "reply step"]  # of the chosen tokens at temperature 1, in nats; 0 past the end
+    first: Tensor | None = None  # per prompt: what `read` returned for the logits of the first token
 
     @property
     def mean_log_prob(self) -> Float[Tensor, " reply"]:
@@ -139,7 +143,16 @@ class _Run:
         def at_site(site: Site) -> Callable[[Tensor], Tensor]:
             def apply(x: Tensor) -> Tensor:
                 assert self.edit is not None
-                spot = At(site, phase, step, positions.to(x.device), mask.to(x.device), rows.to(x.device), self.batch, self.memory)
+                spot = At(
+                    site,
+                    phase,
+                    step,
+                    positions.to(x.device),
+                    mask.to(x.device),
+                    rows.to(x.device),
+                    self.batch,
+                    self.memory,
+                )
                 out = self.edit(x, spot)
                 if out.shape != x.shape:
                     raise UserError(f"edit at {site} returned shape {tuple(out.shape)} for input {tuple(x.shape)}")
@@ -148,6 +161,20 @@ class _Run:
             return apply
 
         return {site: at_site(site) for site in self.edit.sites}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Batches made once for many runs, with the indices of their rows among the `n` prompts."""
+
+    n: int
+    batches: tuple[tuple[list[int], Batch], ...]
+
+    def __len__(self) -> int:
+        return self.n
+
+
+Rows = Sequence[Tokens] | Prepared
 
 
 class Backend(ABC):
@@ -210,8 +237,16 @@ class Backend(ABC):
         pad = self.tokenizer.pad_token_id if getattr(self.tokenizer, "pad_token_id", None) is not None else 0
         return make_batch(rows, int(pad), self.device)
 
-    def batches(self, rows: Sequence[Tokens], run: Callable[[Batch], T], batch_size: int | None = None) -> Iterator[tuple[list[int], T]]:
-        """Call `run` on batches of similar length; yields (indices of rows, result). Out of memory halves the batch."""
+    def batches(
+        self, rows: Rows, run: Callable[[Batch], T], batch_size: int | None = None
+    ) -> Iterator[tuple[list[int], T]]:
+        """Call `run` on batches of similar length; yields (indices of rows, result). Out of memory halves the batch.
+
+        Batches that `prepare` made are used as they are.
+        """
+        if isinstance(rows, Prepared):
+            yield from ((group, run(batch)) for group, batch in rows.batches)
+            return
         size = min(batch_size or self.batch_size, self.batch_size)
         pending = list(length_groups(rows, size))
         while pending:
@@ -239,7 +274,9 @@ class Backend(ABC):
     def check_sites(self, edit: Edit | None) -> None:
         missing = sorted(edit.sites - self.sites) if edit is not None else []
         if missing:
-            raise UserError(f"the {self.name} backend has no site {missing[0]} on this model; it has {self._site_summary()}")
+            raise UserError(
+                f"the {self.name} backend has no site {missing[0]} on this model; it has {self._site_summary()}"
+            )
 
     def _site_summary(self) -> str:
         points = sorted({site.point for site in self.sites})
@@ -250,7 +287,9 @@ class Backend(ABC):
         with _grad(grad):
             self._prompt_pass(_Run(batch, edit), keep=0, use_cache=False)
 
-    def logits(self, batch: Batch, edit: Edit | None = None, *, keep: int = 1, grad: bool = False) -> Float[Tensor, "row keep vocab"]:
+    def logits(
+        self, batch: Batch, edit: Edit | None = None, *, keep: int = 1, grad: bool = False
+    ) -> Float[Tensor, "row keep vocab"]:
         """Logits at the last `keep` columns (with left padding, the last is every row's last token)."""
         with _grad(grad):
             logits, _, _ = self._prompt_pass(_Run(batch, edit), keep=keep, use_cache=False)
@@ -258,39 +297,59 @@ class Backend(ABC):
         return logits
 
     def generate(
-        self, batch: Batch, max_new_tokens: int, edit: Edit | None = None, sampling: Sampling | None = None
+        self,
+        batch: Batch,
+        max_new_tokens: int,
+        edit: Edit | None = None,
+        sampling: Sampling | None = None,
+        read: Callable[[Float[Tensor, "row vocab"]], Tensor] | None = None,
     ) -> Replies:
         """Greedy replies, or `sampling.n` sampled ones per prompt from one prompt pass. Stops at the model's end tokens.
 
-        Rows that have ended leave the batch.
+        Rows that have ended leave the batch. `read` is applied to the first token's logits, which are there anyway.
         """
         with _grad(False):
-            return self._generate(_Run(batch, edit), max_new_tokens, sampling)
+            return self._generate(_Run(batch, edit), max_new_tokens, sampling, read)
 
     def _prompt_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
-        """The prompt tokens, the template prefix that all rows share computed once where that is exact."""
+        """Logits, cache and mask after the prompt tokens; the prefix that all rows share is computed once where exact."""
         self.check_sites(run.edit)
         batch = run.batch
         rows = torch.arange(len(batch), device=batch.ids.device)
-        shared = min(batch.shared_prefix, batch.ids.shape[1] - max(keep, 1))
-        pointwise = run.edit is None or run.edit.pointwise
-        if shared < 4 or len(batch) < 2 or not pointwise or not self.can_share_prefix:
-            hooks = run.hooks("prompt", 0, batch.positions, batch.mask, rows)
-            logits, cache = self._forward(
-                batch.ids, batch.mask, batch.positions, cache=None, hooks=hooks, keep=keep, use_cache=use_cache
-            )
-            return logits, cache, batch.mask
-        cache = self._prefix_cache(run, shared)
-        width = max(len(row.ids) for row in batch.rows) - shared
-        ids, mask, positions = batch.ids[:, -width:], batch.mask[:, -width:].clone(), batch.positions[:, -width:]
-        # Columns before a row's own tokens hold a copy of prefix tokens: they are in the cache already.
-        mask &= positions >= shared
-        full_mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], 1)
+        shared = self._shared_width(batch, run.edit, keep)
+        ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, None
+        full_mask = mask
+        if shared:
+            cache = self._prefix_cache(run, shared)
+            width = max(len(row.ids) for row in batch.rows) - shared
+            ids, positions = ids[:, -width:], positions[:, -width:]
+            # Columns before a row's own tokens hold a copy of prefix tokens: they are in the cache already.
+            mask = mask[:, -width:] & (positions >= shared)
+            full_mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], 1)
         hooks = run.hooks("prompt", 0, positions, mask, rows)
-        logits, cache = self._forward(
-            ids, full_mask, positions, cache=cache, hooks=hooks, keep=keep, use_cache=use_cache
-        )
+        start = None if use_cache else _usable_start(batch.start, run.edit, ids.shape[1])
+        if start is not None:
+            edited = hooks.get(Site(start.layer))
+            hooks[Site(start.layer)] = lambda x: edited(start.states) if edited else start.states
+        with self._bypass(start.layer if start is not None else 0):
+            logits, cache = self._forward(
+                ids, full_mask, positions, cache=cache, hooks=hooks, keep=keep, use_cache=use_cache
+            )
         return logits, cache, full_mask
+
+    def _shared_width(self, batch: Batch, edit: Edit | None, keep: int) -> int:
+        shared = min(batch.shared_prefix, batch.ids.shape[1] - max(keep, 1))
+        worthwhile = shared >= 4 and len(batch) > 1
+        return shared if worthwhile and (edit is None or edit.pointwise) and self.can_share_prefix else 0
+
+    def _bypass(self, n_blocks: int) -> AbstractContextManager[None]:
+        """Leave out the first blocks of the model (only asked for by a backend that prepares a Start)."""
+        assert n_blocks == 0, f"the {self.name} backend cannot leave out blocks"
+        return nullcontext()
+
+    def prepare(self, rows: Sequence[Tokens], layer: int, batch_size: int | None = None) -> Prepared:
+        """Batches for a sweep of edits at or after block `layer`; where the backend can, each with the Start there."""
+        return Prepared(len(rows), tuple(self.batches(rows, lambda batch: batch, batch_size)))
 
     def _prefix_cache(self, run: _Run, shared: int) -> Any:
         """Cache of the shared prefix, computed on one row (edit included) and repeated over the rows."""
@@ -309,11 +368,18 @@ class Backend(ABC):
         """Whether a prefix may be computed apart from padded rows: exact for plain full attention, not for sliding windows
         or recurrent layers, whose state would count the padding between prefix and row."""
 
-    def _generate(self, run: _Run, max_new_tokens: int, sampling: Sampling | None) -> Replies:
+    def _generate(
+        self,
+        run: _Run,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        read: Callable[[Tensor], Tensor] | None,
+    ) -> Replies:
         batch, device = run.batch, run.batch.ids.device
-        logits, cache, mask = self._prompt_pass(run, keep=1, use_cache=True)
-        assert logits is not None
-        logits = logits[:, -1]
+        prompt_logits, cache, mask = self._prompt_pass(run, keep=1, use_cache=True)
+        assert prompt_logits is not None
+        logits = prompt_logits[:, -1]
+        first = read(logits).cpu() if read is not None else None
         n = sampling.n if sampling else 1
         rows = torch.arange(len(batch), device=device).repeat_interleave(n)
         if n > 1:
@@ -347,7 +413,7 @@ class Backend(ABC):
             )
             assert step_logits is not None
             logits, positions = step_logits[:, -1], positions + 1
-        return Replies(ids.cpu(), lengths.cpu(), log_probs.cpu())
+        return Replies(ids.cpu(), lengths.cpu(), log_probs.cpu(), first)
 
     def decode(self, replies: Replies) -> list[str]:
         """Text of each reply, without special tokens."""
@@ -355,6 +421,14 @@ class Backend(ABC):
             self.tokenizer.decode(row[:length].tolist(), skip_special_tokens=True)
             for row, length in zip(replies.ids, replies.lengths.tolist(), strict=True)
         ]
+
+
+def _usable_start(start: Start | None, edit: Edit | None, width: int) -> Start | None:
+    """The batch's Start, if the edit begins at or after it and the states cover just the columns of this pass."""
+    if start is None or start.states.shape[1] != width:
+        return None
+    first = min((site.order for site in edit.sites), default=(start.layer, 0)) if edit is not None else (start.layer, 0)
+    return start if first >= (start.layer, 0) else None
 
 
 @contextmanager
@@ -385,6 +459,24 @@ def _uniforms(batch: Batch, sampling: Sampling, steps: int) -> Tensor:
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
             out.append(torch.rand(steps, generator=torch.Generator().manual_seed(seed)))
     return torch.stack(out)
+
+
+def adds_up(before: Tensor, a: Tensor, b: Tensor, after: Tensor) -> bool:
+    """Whether before + a + b = after, up to the rounding of two additions at the size of the stream, per coordinate."""
+    size = before.abs() + a.abs() + b.abs()
+    off = (before.double() + a.double() + b.double() - after.double()).abs()
+    return bool((off <= 8 * torch.finfo(after.dtype).eps * size).all())
+
+
+def share_prefix(cache: Any, notes: list[str]) -> bool:
+    """Whether a cache holds plain full attention alone; if not, notes what it holds."""
+    kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
+    if kinds == ["DynamicLayer"]:
+        return True
+    notes.append(
+        f"template prefix not shared between prompts: cache layers are {', '.join(kinds) or type(cache).__name__}"
+    )
+    return False
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -6,8 +6,9 @@ name: a pair of sub-modules is `attn_out`, `mlp_out` exactly when resid_pre + at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rsteer_interp.backends.base import Backend, Site, StopForward
+from rsteer_interp.backends.base import At, Backend, Prepared, Site, StopForward
+from rsteer_interp.batch import Start, Tokens
 from rsteer_interp.errors import UserError
 
 
@@ -49,10 +51,7 @@ class HooksBackend(Backend):
     def can_share_prefix(self) -> bool:
         if self._full_attention is None:
             cache = self._forward(*self._probe(), cache=None, hooks={}, keep=1, use_cache=True)[1]
-            kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
-            self._full_attention = kinds == {"DynamicLayer"}
-            if not self._full_attention:
-                self.notes.append(f"template prefix not shared between prompts: cache layers are {', '.join(sorted(kinds))}")
+            self._full_attention = share_prefix(cache, self.notes)
         return self._full_attention
 
     def _probe(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +87,31 @@ class HooksBackend(Backend):
             except StopForward:
                 return None, None
         return out.logits[:, -keep:], out.past_key_values if use_cache else None
+
+    def prepare(self, rows: Sequence[Tokens], layer: int, batch_size: int | None = None) -> Prepared:
+        prepared = super().prepare(rows, layer, batch_size)
+        if layer == 0:
+            return prepared
+        out = []
+        for group, batch in prepared.batches:
+            record = _RecordAll(frozenset({Site(layer)}))
+            self.run(batch, record)
+            out.append((group, replace(batch, start=Start(layer, record.states[0]))))
+        return Prepared(prepared.n, tuple(out))
+
+    @contextmanager
+    def _bypass(self, n_blocks: int) -> Iterator[None]:
+        skipped = self.blocks[:n_blocks]
+        own = [block.__dict__.get("forward") for block in skipped]  # accelerate puts one there on dispatched models
+        try:
+            for block in skipped:
+                block.forward = _pass_on
+            yield
+        finally:
+            for block, forward in zip(skipped, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
 
     def _install(self, site: Site, function: Callable[[Tensor], Tensor]) -> Any:
         if site.point in ("attn_out", "mlp_out"):
@@ -151,19 +175,39 @@ def find_blocks(model: Any, n_layers: int) -> list[nn.Module]:
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return list(module)
-    raise UserError(f"{type(model).__name__} has no list of {n_layers} decoder blocks; only decoder models are supported")
+    raise UserError(
+        f"{type(model).__name__} has no list of {n_layers} decoder blocks; only decoder models are supported"
+    )
 
 
 def _adding_pair(
     seen: list[tuple[nn.Module, Tensor]], before: Tensor, after: Tensor
 ) -> tuple[nn.Module, nn.Module] | None:
     candidates = [(module, value) for module, value in seen if value.shape == after.shape]
-    rounding = 8 * torch.finfo(after.dtype).eps  # each addition rounds at the size of the stream, coordinate by coordinate
     for (first, a), (second, b) in combinations(candidates, 2):
-        size = before.abs() + a.abs() + b.abs()
-        if bool(((before.double() + a.double() + b.double() - after.double()).abs() <= rounding * size).all()):
+        if adds_up(before, a, b, after):
             return first, second
     return None
+
+
+@dataclass(frozen=True, eq=False)
+class _RecordAll:
+    """Keeps the states of a prompt pass at one site, all columns."""
+
+    sites: frozenset[Site]
+    states: list[Tensor] = field(default_factory=list)
+
+    pointwise = True
+
+    def __call__(self, x: Tensor, at: At) -> Tensor:
+        if at.phase == "prompt":
+            self.states.append(x.clone())
+        return x
+
+
+def _pass_on(*args: Any, **kwargs: Any) -> Tensor:
+    """A block's forward that does nothing."""
+    return _block_input(args, kwargs)
 
 
 def _first(output: Any) -> Any:
@@ -178,7 +222,9 @@ def _block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]  # type: ignore[no-any-return]
 
 
-def _replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+def _replace_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Tensor], Tensor]
+) -> tuple[Any, Any]:
     if args:
         return (function(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}

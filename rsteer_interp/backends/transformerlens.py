@@ -1,0 +1,184 @@
+"""TransformerLens backend: the model inside a TransformerBridge, on raw weights; the reference, with all its hooks.
+
+The only file that imports transformer_lens, and only when a backend is made. Sites are TransformerLens hook names as
+they are; a block's `attn_out` and `mlp_out` are offered when resid_pre + attn_out + mlp_out = resid_post holds for it.
+Everything else the bridge has (heads, patterns, neurons) is reached through `.bridge` and `.hook_names`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rsteer_interp.backends.base import Backend, Site, StopForward, adds_up, share_prefix
+from rsteer_interp.errors import UserError
+
+
+class TransformerLensBackend(Backend):
+    """A transformers causal language model wrapped by TransformerLens, which changes the model object itself.
+
+    The bridge puts its own modules into the given model and switches its attention to `eager`, so hand in a model that
+    nobody else uses.
+    """
+
+    name = "transformerlens"
+
+    def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str = "", batch_size: int = 64) -> None:
+        super().__init__(model, tokenizer, fingerprint=fingerprint, batch_size=batch_size)
+        config = model.config.get_text_config()
+        self.n_layers, self.d_model = int(config.num_hidden_layers), int(config.hidden_size)
+        self.bridge = _boot(model, tokenizer)
+        self._hooks = self._find_hooks()
+        self._full_attention: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset(self._hooks)
+
+    @property
+    def hook_names(self) -> frozenset[str]:
+        """Every name that `.bridge.run_with_hooks` takes on this model."""
+        return frozenset(self.bridge.hook_dict)
+
+    def withdraw(self, site: Site) -> None:
+        del self._hooks[site]
+
+    @property
+    def can_share_prefix(self) -> bool:
+        if self._full_attention is None:
+            ids = self._probe()
+            mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(ids.shape[1], device=ids.device)[None]
+            with torch.inference_mode():
+                cache = self._forward(ids, mask, positions, cache=None, hooks={}, keep=1, use_cache=True)[1]
+            self._full_attention = share_prefix(cache, self.notes)
+        return self._full_attention
+
+    def _probe(self) -> Int[Tensor, "1 6"]:
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        return torch.arange(6, device=self.device)[None] * 7 % vocab
+
+    def _forward(
+        self,
+        ids: Int[Tensor, "row pos"],
+        mask: Bool[Tensor, "row total"],
+        positions: Int[Tensor, "row pos"],
+        *,
+        cache: Any,
+        hooks: Mapping[Site, Callable[[Tensor], Tensor]],
+        keep: int,
+        use_cache: bool,
+    ) -> tuple[Float[Tensor, "row keep vocab"] | None, Any]:
+        def hook(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+            return lambda x, hook: function(x)  # the bridge passes its hook point by this name
+
+        def stop(x: Tensor, hook: Any) -> Tensor:
+            raise StopForward
+
+        named = [(self._hooks[site], hook(hooks[site])) for site in sorted(hooks)]
+        if keep == 0:
+            named.append((self._stop_name(max(hooks)), stop))
+        try:
+            logits, cache = self.bridge.run_with_hooks(
+                ids,
+                fwd_hooks=named,
+                return_type="logits_and_cache",
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=use_cache,
+                logits_to_keep=max(keep, 1),
+            )
+        except StopForward:
+            return None, None
+        return logits[:, -keep:], cache if use_cache else None
+
+    def _stop_name(self, last: Site) -> str:
+        # After the last wanted site: at the end of its block for a writer, else right there.
+        return f"blocks.{last.layer}.hook_resid_post" if last.point in ("attn_out", "mlp_out") else self._hooks[last]
+
+    def _find_hooks(self) -> dict[Site, str]:
+        """Hook name of every site, the writers of a block found by arithmetic among its hooks."""
+        hooks = {Site(layer): f"blocks.{layer}.hook_resid_pre" for layer in range(self.n_layers)}
+        hooks |= {Site(layer, "resid_post"): f"blocks.{layer}.hook_resid_post" for layer in range(self.n_layers)}
+        hooks[Site(self.n_layers)] = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        missing = sorted(set(hooks.values()) - set(self.bridge.hook_dict))
+        if missing:
+            raise UserError(f"TransformerLens has no {missing[0]} on {type(self.model).__name__}; use backend='hooks'")
+        wanted = set(hooks.values()) | {name for name in self.bridge.hook_dict if _is_block_output(name)}
+        seen: dict[str, Tensor] = {}
+
+        def record(name: str) -> Callable[..., Tensor]:
+            def keep(x: Tensor, hook: Any) -> Tensor:
+                if isinstance(x, Tensor):
+                    seen.setdefault(name, x.detach().clone())
+                return x
+
+            return keep
+
+        with torch.inference_mode():
+            ids = self._probe()
+            self.bridge.run_with_hooks(
+                ids, fwd_hooks=[(name, record(name)) for name in sorted(wanted)], attention_mask=torch.ones_like(ids), use_cache=False
+            )
+        for layer in range(self.n_layers):
+            pair = _writers(layer, seen)
+            if pair is not None:
+                hooks[Site(layer, "attn_out")], hooks[Site(layer, "mlp_out")] = pair
+        return hooks
+
+
+def _boot(model: Any, tokenizer: Any) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if not model.config.architectures:  # a model made from a config alone does not say what it is; saving it would
+        model.config.architectures = [type(model).__name__]
+    # The bridge reloads a tokenizer from its folder unless it already adds BOS. It gets a copy that says so, since one
+    # made in memory has no folder; the copy is for looking at tokens only, as a backend never tokenizes.
+    own = copy.deepcopy(tokenizer)
+    own.init_kwargs = {**own.init_kwargs, "name_or_path": "", "add_bos_token": True}
+    try:
+        return TransformerBridge.boot_transformers(
+            model.config.name_or_path or type(model).__name__,
+            hf_model=model,
+            tokenizer=own,
+            device=str(model.get_input_embeddings().weight.device) if not hasattr(model, "hf_device_map") else None,
+            dtype=model.dtype,
+        )
+    except Exception as error:  # the bridge raises whatever its adapter raises
+        reason = str(error).split(". ")[0].splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(
+            f"TransformerLens cannot hold {type(model).__name__} ({reason}); use backend='hooks'"
+        ) from error
+
+
+def _is_block_output(name: str) -> bool:
+    """What may be what a block adds to the stream: `blocks.3.hook_attn_out`, `blocks.3.ln1_post.hook_out`, ..."""
+    parts = name.split(".")
+    if parts[0] != "blocks":
+        return False
+    return parts[2:] in (["hook_attn_out"], ["hook_mlp_out"]) or (len(parts) == 4 and parts[3] == "hook_out")
+
+
+def _writers(layer: int, seen: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Names of the two hooks that add up with the block's input to its output, the ones of the usual names first."""
+    start = f"blocks.{layer}."
+    before, after = seen.get(f"{start}hook_resid_pre"), seen.get(f"{start}hook_resid_post")
+    if before is None or after is None:
+        return None
+    usual = [f"{start}hook_attn_out", f"{start}hook_mlp_out"]
+    others = [name for name in seen if name.startswith(start) and name.endswith(".hook_out")]  # in order of firing
+    for first, second in [tuple(usual), *combinations(others, 2)]:
+        if first in seen and second in seen and seen[first].shape == seen[second].shape == after.shape:
+            if adds_up(before, seen[first], seen[second], after):
+                return first, second
+    return None

@@ -1,0 +1,90 @@
+"""Run a backend over prompts for a number: refusal log-odds, answer log-probability, KL on benign text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsteer_interp.backends.base import Backend, Edit, Rows
+from rsteer_interp.batch import Batch, Tokens
+from rsteer_interp.measures import kl_divergence, masked_mean, refusal_log_odds, token_log_probs
+
+ANSWER_ROWS = 8  # rows at once where logits of a whole answer are held: rows x answer x vocabulary x 4 bytes
+
+
+def log_odds(
+    backend: Backend,
+    rows: Rows,
+    token_ids: Sequence[int],
+    edit: Edit | None = None,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> Float[Tensor, " prompt"]:
+    """First-token refusal log-odds of every prompt: one pass, nothing is generated."""
+    out = torch.zeros(len(rows), dtype=torch.float64)
+    for group, value in backend.batches(
+        rows, lambda batch: refusal_log_odds(backend.logits(batch, edit)[:, -1], token_ids).cpu()
+    ):
+        out[group] = value
+        on_batch(len(group))
+    return out
+
+
+def answer_log_probs(
+    backend: Backend, rows: Rows, edit: Edit | None = None, on_batch: Callable[[int], None] = lambda n: None
+) -> Float[Tensor, " prompt"]:
+    """Mean log-probability per token of each row's given answer, in nats: s(x) of the paper's L_g (section 3.4)."""
+    out = torch.zeros(len(rows), dtype=torch.float64)
+    for group, value in backend.batches(
+        rows, lambda batch: _mean_log_prob(batch, _answer_logits(backend, batch, edit)).cpu(), ANSWER_ROWS
+    ):
+        out[group] = value
+        on_batch(len(group))
+    return out
+
+
+@dataclass(frozen=True)
+class AnswerEffects:
+    """What an edit does to given benign answers, per conversation, in nats per token."""
+
+    shift: Float[Tensor, " prompt"]  # |s_g(x) - s(x)|; its mean is the paper's L_g
+    kl: Float[Tensor, " prompt"]  # mean KL(base || edited) over the answer's tokens
+
+
+def answer_effects(
+    backend: Backend, rows: Sequence[Tokens], edit: Edit | None, on_batch: Callable[[int], None] = lambda n: None
+) -> AnswerEffects:
+    """Shift and KL from one base and one edited pass per batch (full distributions are never kept)."""
+    effects = AnswerEffects(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.float64))
+
+    def run(batch: Batch) -> tuple[Tensor, Tensor]:
+        base, edited = _answer_logits(backend, batch, None), _answer_logits(backend, batch, edit)
+        shift = (_mean_log_prob(batch, edited) - _mean_log_prob(batch, base)).abs()
+        return shift.cpu(), masked_mean(kl_divergence(base, edited), _answer_columns(batch.answer_mask, batch)).cpu()
+
+    for group, (shift, kl) in backend.batches(rows, run, ANSWER_ROWS):
+        effects.shift[group], effects.kl[group] = shift, kl
+        on_batch(len(group))
+    return effects
+
+
+def _answer_logits(backend: Backend, batch: Batch, edit: Edit | None) -> Tensor:
+    """Logits that predict the answer's tokens: one column earlier than the tokens."""
+    return backend.logits(batch, edit, keep=_longest_answer(batch) + 1)[:, :-1]
+
+
+def _mean_log_prob(batch: Batch, logits: Tensor) -> Tensor:
+    return masked_mean(
+        token_log_probs(logits, _answer_columns(batch.ids, batch)), _answer_columns(batch.answer_mask, batch)
+    )
+
+
+def _answer_columns(values: Tensor, batch: Batch) -> Tensor:
+    return values[:, -_longest_answer(batch) :]
+
+
+def _longest_answer(batch: Batch) -> int:
+    return max(row.answer_length for row in batch.rows)

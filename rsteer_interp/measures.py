@@ -1,0 +1,69 @@
+"""Measures: pure functions of logits. Refusal log-odds, KL, answer log-probability, and where refusal tokens come from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rsteer_interp.errors import UserError
+
+_EPSILON = 1e-8
+
+
+def refusal_log_odds(logits: Float[Tensor, "*rows vocab"], token_ids: Sequence[int]) -> Float[Tensor, "*rows"]:
+    """log(p_R + 1e-8) - log(1 - p_R + 1e-8), p_R = summed softmax probability of the refusal tokens; in nats, float64.
+
+    Arditi et al. (arXiv 2406.11717), section 2.4 and their code. Bounded by about +/- 18.4.
+    """
+    if not token_ids:
+        raise UserError("no refusal tokens given; find them from judged replies with `refusal_tokens`")
+    p = logits.double().softmax(-1)[..., list(token_ids)].sum(-1)
+    return (p + _EPSILON).log() - (1 - p + _EPSILON).log()
+
+
+def refusal_tokens(
+    first_tokens: Sequence[int], refused: Sequence[bool], *, least: int = 3, ratio: float = 3.0
+) -> tuple[int, ...]:
+    """Tokens with which refusals begin, from judged replies: at least `least` refusals begin with the token, and it is
+    `ratio` times likelier to open a refusal than an answer (counts smoothed by 1/2). Most frequent first.
+
+    Replaces the per-family lists of Arditi et al. (`I` for Llama, `I` and `As` for Qwen).
+    """
+    refusing = Counter(t for t, r in zip(first_tokens, refused, strict=True) if r)
+    answering = Counter(t for t, r in zip(first_tokens, refused, strict=True) if not r)
+    n_refused, n_answered = sum(refusing.values()), sum(answering.values())
+    chosen = [
+        token
+        for token, count in refusing.most_common()
+        if count >= least and (count + 0.5) / (n_refused + 1) >= ratio * (answering[token] + 0.5) / (n_answered + 1)
+    ]
+    if not chosen:
+        raise UserError(
+            f"no token opens refusals more often than answers ({n_refused} refusals among {n_refused + n_answered} replies); "
+            "score more prompts that the model refuses"
+        )
+    return tuple(chosen)
+
+
+def token_log_probs(logits: Float[Tensor, "row pos vocab"], ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos"]:
+    """Log-probability of each id under the logits at its own position (shift them before), in nats."""
+    return logits.float().gather(-1, ids[..., None])[..., 0] - logits.float().logsumexp(-1)
+
+
+def masked_mean(values: Float[Tensor, "row pos"], mask: Bool[Tensor, "row pos"]) -> Float[Tensor, " row"]:
+    """Mean over the true positions of each row, in float64."""
+    return torch.where(mask, values.double(), 0.0).sum(-1) / mask.sum(-1)
+
+
+def kl_divergence(
+    base: Float[Tensor, "row pos vocab"], edited: Float[Tensor, "row pos vocab"]
+) -> Float[Tensor, "row pos"]:
+    """KL(base || edited) at each position over the vocabulary, in nats; from log-softmax, no epsilon. Never negative
+    but for rounding."""
+    log_p, log_q = base.float().log_softmax(-1), edited.float().log_softmax(-1)
+    # A token of probability zero under the base adds nothing, also where its log-probability is minus infinity.
+    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
