@@ -28,10 +28,52 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
-WORDS = (
-    "system user assistant you are a helpful . , ? ! what is the of and how do i to in tell me about write why can "
-    "explain city river history law bread bomb password poem recipe protest leader border island election price water"
-).split()
+WORDS = [
+    "system",
+    "user",
+    "assistant",
+    "you",
+    "are",
+    "a",
+    "helpful",
+    ".",
+    ",",
+    "?",
+    "!",
+    "what",
+    "is",
+    "the",
+    "of",
+    "and",
+    "how",
+    "do",
+    "i",
+    "to",
+    "in",
+    "tell",
+    "me",
+    "about",
+    "write",
+    "why",
+    "can",
+    "explain",
+    "city",
+    "river",
+    "history",
+    "law",
+    "bread",
+    "bomb",
+    "password",
+    "poem",
+    "recipe",
+    "protest",
+    "leader",
+    "border",
+    "island",
+    "election",
+    "price",
+    "water",
+]
 
 _SIZES = {
     "hidden_size": D_MODEL,
@@ -100,12 +142,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def _model(family: str) -> Any:
     model_type, fields = FAMILIES[family]
     config = AutoConfig.for_model(
-        model_type, vocab_size=VOCAB, bos_token_id=None, eos_token_id=SPECIAL.index("<|im_end|>"), pad_token_id=0, **fields
+        model_type,
+        vocab_size=VOCAB,
+        bos_token_id=None,
+        eos_token_id=SPECIAL.index("<|im_end|>"),
+        pad_token_id=0,
+        **fields,
     )
     state = torch.get_rng_state()
     torch.manual_seed(sum(map(ord, family)))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         # Larger than the usual start, so that layers matter and greedy choices are not ties; norms and biases not flat.
         noise = 0.2 * torch.randn_like(parameter)
         parameter.data = parameter.data + noise if parameter.ndim == 1 else noise

@@ -187,6 +187,7 @@ class Backend(ABC):
         self.batch_size = batch_size
         self.notes: list[str] = []  # what this backend could not do and did another way; goes into the run's record
         self.stop_ids = _stop_ids(model, tokenizer)
+        self.checkpoint: Any = None  # the Checkpoint it was loaded from, when `load_backend` made it
 
     # -- what a backend supplies ---------------------------------------------------------------------------------
 
@@ -197,6 +198,10 @@ class Backend(ABC):
     @abstractmethod
     def sites(self) -> frozenset[Site]:
         """Every site that can be read and edited."""
+
+    @abstractmethod
+    def withdraw(self, site: Site) -> None:
+        """Offer a block's `attn_out` and `mlp_out` no longer: the self-check found that they are not what they should be."""
 
     @property
     @abstractmethod
@@ -222,7 +227,7 @@ class Backend(ABC):
 
     @property
     def max_length(self) -> int | None:
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         for name in ("max_position_embeddings", "n_positions"):
             if isinstance(getattr(text_config, name, None), int):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rsteer_interp.backends.base import At, Backend, Prepared, Site, StopForward
+from rsteer_interp.backends.base import At, Backend, Prepared, Site, StopForward, adds_up, share_prefix
 from rsteer_interp.batch import Start, Tokens
 from rsteer_interp.errors import UserError
 
@@ -46,6 +46,9 @@ class HooksBackend(Backend):
             if pair is not None:
                 resid |= {Site(layer, "attn_out"), Site(layer, "mlp_out")}
         return frozenset(resid)
+
+    def withdraw(self, site: Site) -> None:
+        self._writers[site.layer] = None
 
     @property
     def can_share_prefix(self) -> bool:

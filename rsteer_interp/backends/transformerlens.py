@@ -51,13 +51,17 @@ class TransformerLensBackend(Backend):
         return frozenset(self.bridge.hook_dict)
 
     def withdraw(self, site: Site) -> None:
-        del self._hooks[site]
+        for point in ("attn_out", "mlp_out"):
+            self._hooks.pop(Site(site.layer, point), None)  # type: ignore[arg-type]
 
     @property
     def can_share_prefix(self) -> bool:
         if self._full_attention is None:
             ids = self._probe()
-            mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(ids.shape[1], device=ids.device)[None]
+            mask, positions = (
+                torch.ones_like(ids, dtype=torch.bool),
+                torch.arange(ids.shape[1], device=ids.device)[None],
+            )
             with torch.inference_mode():
                 cache = self._forward(ids, mask, positions, cache=None, hooks={}, keep=1, use_cache=True)[1]
             self._full_attention = share_prefix(cache, self.notes)
@@ -65,7 +69,7 @@ class TransformerLensBackend(Backend):
 
     def _probe(self) -> Int[Tensor, "1 6"]:
         vocab = self.model.get_input_embeddings().weight.shape[0]
-        return torch.arange(6, device=self.device)[None] * 7 % vocab
+        return torch.arange(6, device=self.device)[None] * 7 % int(vocab)
 
     def _forward(
         self,
@@ -128,7 +132,10 @@ class TransformerLensBackend(Backend):
         with torch.inference_mode():
             ids = self._probe()
             self.bridge.run_with_hooks(
-                ids, fwd_hooks=[(name, record(name)) for name in sorted(wanted)], attention_mask=torch.ones_like(ids), use_cache=False
+                ids,
+                fwd_hooks=[(name, record(name)) for name in sorted(wanted)],
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
             )
         for layer in range(self.n_layers):
             pair = _writers(layer, seen)
@@ -178,7 +185,9 @@ def _writers(layer: int, seen: Mapping[str, Tensor]) -> tuple[str, str] | None:
     usual = [f"{start}hook_attn_out", f"{start}hook_mlp_out"]
     others = [name for name in seen if name.startswith(start) and name.endswith(".hook_out")]  # in order of firing
     for first, second in [tuple(usual), *combinations(others, 2)]:
-        if first in seen and second in seen and seen[first].shape == seen[second].shape == after.shape:
-            if adds_up(before, seen[first], seen[second], after):
-                return first, second
+        a, b = seen.get(first), seen.get(second)
+        if a is None or b is None or not a.shape == b.shape == after.shape:
+            continue
+        if adds_up(before, a, b, after):
+            return first, second
     return None

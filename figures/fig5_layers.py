@@ -1,0 +1,146 @@
+"""Paper's Figure 5: where refusal can be read, and how dense the direction is; every panel with its null.
+
+(a) Pearson r between projection and refusal confidence by layer, beside its label-permutation band, the null of its
+maximum over layers, and r within prompt sets (no difference of topic); (b) coordinates of |v| by size, beside Gaussian
+vectors of the same width; (c) the r of (a) as a heat map; (d) |v| as a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.schema import Density, LayerScores, Reproduced
+from rsteer_interp.style import DOUBLE, Drawing, colour, style
+
+
+@dataclass(frozen=True)
+class Config(FigureConfig):
+    """Where to read and write."""
+
+
+def draw(result: Reproduced) -> Drawing:
+    """The four panels, for the method whose direction the result keeps (the paper's: WRMD)."""
+    density, vector = result.data.density, result.density_vector
+    if density is None or vector is None or density.method not in result.data.layer_scores:
+        raise result.missing("layer scores and density")
+    scores, name = result.data.layer_scores[density.method], density.method.upper()
+    from matplotlib.figure import Figure
+
+    with style():
+        figure = Figure(figsize=(DOUBLE, 4.9), layout="constrained")
+        left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[1.25, 1]))
+        a, c = left.subplots(2, 1, height_ratios=[9, 1], sharex=True)
+        b, d = right.subplots(2, 1, height_ratios=[1, 1])
+        _by_layer(a, scores, name)
+        _strip(left, c, scores)
+        _sorted(b, density, name)
+        _grid(right, d, density, vector)
+    best = int(np.argmax(scores.r))
+    null = density.null_top10
+    caption = (
+        f"(a) Pearson r between the projection on {name} and refusal confidence (n = {scores.n} prompts), largest at layer "
+        f"{scores.layers[best]} (r = {scores.r[best]:.2f}); the maximum over layers is a selected value: 95 % of label "
+        f"permutations stay below {scores.null_max_q95:.2f} (p = {scores.p_max:.3g}). The dashed curve takes refused "
+        "against answered prompts inside each set, where topic cannot help. r is a read-out, not an effect. "
+        f"(b) The ten largest coordinates hold {_percent(density.top10_share)} of the sum of |v|; Gaussian vectors of the same "
+        f"width hold {_percent(null.mean)} ({_percent(null.low)} to {_percent(null.high)}). Participation ratio "
+        f"{density.participation_ratio:.2f}, Gaussian 0.33. (c) r as a heat map. (d) |v| at layer {density.layer}, "
+        f"{density.grid.rows} x {density.grid.columns} cells in the order of the coordinates; hatched cells are padding."
+    )
+    return Drawing(
+        figure,
+        "Where refusal can be read, and how dense its direction is",
+        caption,
+        {"layer_scores": scores, "method": density.method, "density": density, "vector": vector, "n": scores.n},
+    )
+
+
+def _by_layer(axes: Any, scores: LayerScores, name: str) -> None:
+    axes.fill_between(
+        scores.layers,
+        scores.null_low,
+        scores.null_high,
+        color=colour("null"),
+        alpha=0.6,
+        lw=0,
+        label="null, 95 % per layer",
+    )
+    axes.axhline(scores.null_max_q95, color=colour("neutral"), ls=":", label="null of the maximum, 95 %")
+    axes.plot(scores.layers, scores.r, color=colour("ink"), label=f"{name}, all prompts")
+    if scores.within_set_r:
+        axes.plot(scores.layers, scores.within_set_r, color=colour("answering"), ls="--", label=f"{name}, within sets")
+    at = dict(zip(scores.layers, scores.r, strict=True))
+    steered = [layer for layer in scores.chosen if layer in at]
+    axes.plot(
+        steered, [at[x] for x in steered], "o", mfc="white", mec=colour("refusing"), mew=1.2, label="steered layers"
+    )
+    axes.axhline(0, color=colour("ink"), lw=0.5)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.33 * (high - low))  # room for the legend
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= 1])
+    axes.legend(loc="upper left", ncols=2, columnspacing=1)
+    axes.set_ylabel("Pearson r, projection and confidence")
+    axes.set_title(f"(a) Read-out by layer, n = {scores.n}")
+
+
+def _strip(figure: Any, axes: Any, scores: LayerScores) -> None:
+    layers = scores.layers
+    extent = (layers[0] - 0.5, layers[-1] + 0.5, 0, 1)
+    image = axes.imshow([scores.r], aspect="auto", cmap="viridis", extent=extent, vmin=min(0.0, *scores.r))
+    axes.set_yticks([])
+    axes.set_xlabel("layer (state entering the block)")
+    axes.set_title("(c) The same r")
+    figure.colorbar(image, ax=axes, orientation="horizontal", aspect=45, pad=0.1, label="Pearson r")
+
+
+def _sorted(axes: Any, density: Density, name: str) -> None:
+    rank = np.arange(1, len(density.sorted_abs) + 1)
+    axes.fill_between(
+        rank, density.null_low, density.null_high, color=colour("null"), alpha=0.8, lw=0, label="Gaussian vectors, 95 %"
+    )
+    axes.plot(rank, density.null_mean, color=colour("neutral"), lw=0.8)
+    axes.plot(rank, density.sorted_abs, color=colour("ink"), label=name)
+    null = density.null_top10
+    words = (
+        f"ten largest hold {_percent(density.top10_share)} of the sum\n"
+        f"Gaussian: {_percent(null.mean)} ({_percent(null.low)} to {_percent(null.high)})"
+    )
+    axes.text(0.97, 0.95, words, transform=axes.transAxes, ha="right", va="top", fontsize=7)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.set_xlabel("coordinate, by size")
+    axes.set_ylabel("|v|")
+    axes.legend(loc="lower left")
+    axes.set_title(f"(b) Direction at layer {density.layer}, sorted")
+
+
+def _grid(figure: Any, axes: Any, density: Density, vector: np.ndarray) -> None:
+    rows, columns = density.grid.rows, density.grid.columns
+    cells = np.full(rows * columns, np.nan)
+    cells[: len(vector)] = np.abs(vector)
+    axes.set_facecolor("white")
+    axes.patch.set(hatch="////////", edgecolor="#BBBBBB")
+    image = axes.imshow(cells.reshape(rows, columns), cmap="viridis", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.colorbar(image, ax=axes, label="|v|", shrink=0.9)
+    axes.set_title(f"(d) All {len(vector)} coordinates")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return figure_main(Config, draw, "fig5_layers", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,81 @@
+"""Agreement of a judge or a score with reference verdicts: accuracy, AUC and Cohen's kappa, each with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from scipy.optimize import brentq
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+from rsteer_interp.errors import UserError
+from rsteer_interp.nulls import Estimate, Rate
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well verdicts agree with a reference on the same n items (two judges, or a judge and hand labels).
+
+    `accuracy` has a Wilson interval, `kappa` (Cohen 1960) a bootstrap percentile interval, `auc` of the scores Newcombe's (2006,
+    method 5). kappa is None when all verdicts on both sides are the same, auc without scores or with one class.
+    """
+
+    n: int
+    accuracy: Rate
+    kappa: Estimate | None
+    auc: Estimate | None
+
+    @classmethod
+    def of(
+        cls,
+        verdicts: Iterable[bool],
+        reference: Iterable[bool],
+        scores: Iterable[float] | None = None,
+        *,
+        seed: int = 0,
+    ) -> Agreement:
+        """`scores`: graded confidence behind the verdicts (refusal confidence, log-odds), higher for True."""
+        x, y = np.asarray([bool(v) for v in verdicts]), np.asarray([bool(v) for v in reference])
+        if len(x) != len(y) or len(x) == 0:
+            raise UserError(f"agreement of {len(x)} verdicts with {len(y)}; give the same items, one or more, in the same order")
+        auc = None if scores is None else auc_estimate(scores, y)
+        return cls(len(x), Rate.of(x == y), _kappa(x, y, seed), auc)
+
+
+def auc_estimate(scores: Iterable[float], reference: Iterable[bool], confidence: float = 0.95) -> Estimate | None:
+    """Area under the ROC curve of scores for True items; None with only one class. 0.5 is chance.
+
+    The interval holds every area A with |A - estimate| <= z sqrt(V(A)), V the Hanley-McNeil variance (Newcombe 2006, method 5): it
+    keeps a width at AUC = 1.
+    """
+    y, s = np.asarray([bool(v) for v in reference]), np.asarray([float(v) for v in scores])
+    positive, negative = int(y.sum()), int((~y).sum())
+    if positive == 0 or negative == 0:
+        return None
+    area = float(roc_auc_score(y, s))
+    z, half = float(stats.norm.ppf((1 + confidence) / 2)), (positive + negative) / 2
+
+    def excess(a: float) -> float:
+        variance = a * (1 - a) * (1 + (half - 1) * ((1 - a) / (2 - a) + a / (1 + a))) / (positive * negative)
+        return abs(a - area) - z * math.sqrt(variance)
+
+    step = 1e-9  # the area itself is inside, also where the variance is 0 at an area of 0 or 1
+    low = brentq(excess, 0.0, area - step) if area > step else 0.0
+    high = brentq(excess, area + step, 1.0) if area < 1 - step else 1.0
+    return Estimate(area, float(low), float(high), len(y))
+
+
+def _kappa(x: np.ndarray, y: np.ndarray, seed: int, n_draws: int = 2000) -> Estimate | None:
+    if len(np.unique(np.concatenate([x, y]))) < 2:
+        return None
+    cells = np.bincount(2 * x + y, minlength=4)
+    draws = np.random.default_rng(seed).multinomial(len(x), cells / len(x), size=n_draws) / len(x)
+    expected = (draws[:, 2] + draws[:, 3]) * (draws[:, 1] + draws[:, 3])
+    expected += (draws[:, 0] + draws[:, 1]) * (draws[:, 0] + draws[:, 2])
+    defined = expected < 1  # a draw with one verdict only has no kappa
+    kappas = (draws[defined, 0] + draws[defined, 3] - expected[defined]) / (1 - expected[defined])
+    low, high = np.quantile(kappas, [0.025, 0.975])
+    return Estimate(float(cohen_kappa_score(x, y)), float(low), float(high), len(x))

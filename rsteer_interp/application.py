@@ -1,0 +1,124 @@
+"""Apply a saved steering configuration to anybody's prompts: judged base and steered replies, prompt by prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rsteer_interp.backends import load_backend
+from rsteer_interp.backends.base import Backend, Edit
+from rsteer_interp.complete_folder import held, publish
+from rsteer_interp.judges import load_judge
+from rsteer_interp.judges.base import Judge
+from rsteer_interp.nulls import Rate
+from rsteer_interp.progress import progress
+from rsteer_interp.prompts import Prompt, load_prompts
+from rsteer_interp.refusal_scores import Reply, cut, reply_and_judge
+from rsteer_interp.results import Provenance
+from rsteer_interp.steering import load_steering
+
+if TYPE_CHECKING:
+    from analyses.apply_steering import Config
+
+FILES = ("responses.jsonl", "provenance.json", "summary.json")  # the last one makes the folder complete
+
+
+def apply_steering(config: Config) -> Path:
+    """Write `responses.jsonl`, `summary.json` and `provenance.json` to `config.out`, all of them or nothing."""
+    prompts = list(load_prompts(config.prompts))
+    backend = load_backend(
+        config.model,
+        config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        trust_remote_code=config.trust_remote_code,
+        batch_size=config.batch_size,
+    )
+    steering = load_steering(config.steering, backend, other_model=config.other_model)
+    judge = load_judge(config.judge, backend)
+    tokens = steering.refusal_tokens
+    base = _replies(backend, judge, prompts, None, tokens, config.max_new_tokens, "base replies")
+    steered = _replies(backend, judge, prompts, steering.edit(), tokens, config.max_new_tokens, "steered replies")
+    lines = [
+        {
+            "set": prompt.set,
+            "prompt": prompt.prompt,
+            "base": _written(backend, prompt, a, config.harmful_tokens),
+            "steered": _written(backend, prompt, b, config.harmful_tokens),
+        }
+        for prompt, a, b in zip(prompts, base, steered, strict=True)
+    ]
+    summary = _summary(lines)
+    record = Provenance.collect(backend, config=config, template=backend.template())
+    contents = {
+        "responses.jsonl": "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+        "provenance.json": record.model_dump_json(indent=1) + "\n",
+        "summary.json": json.dumps(summary, indent=1) + "\n",
+    }
+    with held(config.out, FILES, write=True) as place:
+        publish(config.out, place, FILES, {name: text.encode() for name, text in contents.items()})
+    _print(summary)
+    return config.out
+
+
+def _replies(
+    backend: Backend,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    edit: Edit | None,
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    label: str,
+) -> list[Reply]:
+    texts = [p.prompt for p in prompts]
+    with progress(label, len(prompts)) as advance:
+        groups = reply_and_judge(
+            backend,
+            backend.template().encode_all(texts),
+            texts,
+            judge,
+            max_new_tokens=max_new_tokens,
+            edit=edit,
+            refusal_tokens=tokens,
+            on_batch=advance,
+        )
+    return [group[0] for group in groups]
+
+
+def _written(backend: Backend, prompt: Prompt, reply: Reply, harmful_tokens: int) -> dict[str, Any]:
+    harmful = "harmful" in prompt.set.lower()
+    return {
+        "response": cut(backend.tokenizer, reply.text, harmful_tokens) if harmful else reply.text,
+        "refused": reply.verdict.refused,
+        "confidence": reply.verdict.confidence,
+        "log_odds": reply.log_odds,
+    }
+
+
+def _summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Refusal rate per set with Wilson interval and n, before and after."""
+    sets = sorted({line["set"] for line in lines})
+    return {
+        name: {
+            side: asdict(Rate.of([line[side]["refused"] for line in lines if line["set"] == name]))
+            for side in ("base", "steered")
+        }
+        for name in sets
+    }
+
+
+def _print(summary: dict[str, Any]) -> None:
+    table = Table(title="Refusal % (95 % Wilson interval)")
+    for column in ("set", "n", "base", "steered"):
+        table.add_column(column)
+    for name, sides in summary.items():
+        cells = [f"{100 * r['rate']:.1f} ({100 * r['low']:.0f}-{100 * r['high']:.0f})" for r in sides.values()]
+        table.add_row(name, str(sides["base"]["n"]), *cells)
+    Console().print(table)

@@ -1,0 +1,169 @@
+"""Ridge mean differences: RMD and the score-weighted WRMD, (Sigma + lambda I)^-1 (mu_P - mu_N) (Refusal Steering, section 3.2).
+
+Primal for more states than dimensions, dual for fewer; both exact. With fewer complying prompts than dimensions Sigma is
+singular and the vector lies almost wholly in its null space (`null_space_share`): there lambda hardly turns it, shrinkage does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsteer_interp.directions.base import Evidence
+from rsteer_interp.errors import UserError
+from rsteer_interp.moments import Moments, Scatter
+
+
+@dataclass(frozen=True)
+class RidgeMeanDifference:
+    """RMD: (Sigma + lambda I)^-1 (mu_P - mu_N), Sigma the covariance of the complying class. Its length has units 1 / activation.
+
+    covariance: "centred" is Sigma_N; "literal" is the paper's eq. 4 as printed, which is Sigma_N + o o^T and damps the neutral
+    mean o; "pooled" is the covariance within both classes, whose direction is that of a ridge regression on the class labels.
+    """
+
+    name: ClassVar[str] = "rmd"
+    weighted: ClassVar[bool] = False
+
+    penalty: float = 1e-2
+    """lambda, in squared activation units (the paper's 1e-2), or in mean eigenvalues of Sigma with `relative`."""
+    relative: bool = False
+    """Whether `penalty` is in units of trace(Sigma) / d, so that it means the same at every layer and model."""
+    covariance: Literal["centred", "literal", "pooled"] = "centred"
+    shrinkage: Literal["none", "ledoit_wolf"] = "none"
+    """Shrink Sigma towards trace(Sigma) / d times I by Ledoit and Wolf's (2004) intensity; needs states, not only moments."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.penalty < float("inf"):
+            raise UserError(f"ridge penalty is {self.penalty}; choose a finite number of at least 0")
+
+    def fit(self, evidence: Evidence) -> Float[Tensor, " d"]:
+        refusing, complying = self._classes(evidence)
+        sigma, penalty = self._sigma(evidence), self._penalty(evidence)
+        intensity = self._intensity(evidence)
+        ridge = penalty + intensity * sigma.trace / sigma.d
+        return ridge_solve(sigma * (1 - intensity), refusing.mean - complying.mean, ridge)
+
+    def diagnose(self, evidence: Evidence, vector: Float[Tensor, " d"]) -> dict[str, float]:
+        """lambda absolute and relative to trace(Sigma) / d, the shrinkage intensity, and the share of energy in the null space."""
+        sigma, penalty = self._sigma(evidence), self._penalty(evidence)
+        mean_eigenvalue = sigma.trace / sigma.d
+        return {
+            "penalty": penalty,
+            "relative_penalty": penalty / mean_eigenvalue if mean_eigenvalue > 0 else 0.0,
+            "shrinkage": self._intensity(evidence),
+            "null_space_share": null_space_share(vector, sigma),
+        }
+
+    def _classes(self, evidence: Evidence) -> tuple[Moments, Moments]:
+        if self.weighted:
+            return evidence.refusing_weighted, evidence.complying_weighted
+        return evidence.refusing, evidence.complying
+
+    def _sigma(self, evidence: Evidence) -> Scatter:
+        refusing, complying = self._classes(evidence)
+        if self.covariance == "pooled":
+            return (refusing.scatter + complying.scatter) / (refusing.weight + complying.weight)
+        sigma = complying.scatter / complying.weight
+        return sigma + Scatter(rows=evidence.offset[None]) if self.covariance == "literal" else sigma
+
+    def _penalty(self, evidence: Evidence) -> float:
+        sigma = self._sigma(evidence)
+        return self.penalty * sigma.trace / sigma.d if self.relative else self.penalty
+
+    def _intensity(self, evidence: Evidence) -> float:
+        """Ledoit-Wolf intensity of the class covariance (of the centred states, for the literal form too)."""
+        if self.shrinkage == "none":
+            return 0.0
+        refusing, complying = self._classes(evidence)
+        wanted = [(complying, -1), (refusing, 1)][: 2 if self.covariance == "pooled" else 1]
+        states, labels, scores = evidence.states.double(), evidence.labels, evidence.scores.double().abs()
+        rows = torch.cat([states[labels == label] - moments.mean for moments, label in wanted])
+        weights = torch.cat([scores[labels == label] for _, label in wanted])
+        return ledoit_wolf_intensity(rows, weights if self.weighted else torch.ones_like(weights))
+
+
+@dataclass(frozen=True)
+class WeightedRidgeMeanDifference(RidgeMeanDifference):
+    """WRMD: RMD with every mean and covariance weighted by w = |c| within its class (Refusal Steering, eqs. 3 to 6)."""
+
+    name: ClassVar[str] = "wrmd"
+    weighted: ClassVar[bool] = True
+
+
+def ridge_solve(sigma: Scatter, delta: Float[Tensor, " d"], penalty: float) -> Float[Tensor, " d"]:
+    """(Sigma + lambda I)^-1 delta in float64: dual from the rows Z of Sigma = Z^T Z, else primal.
+
+        dual: (delta - Z^T (Z Z^T + lambda I)^-1 Z delta) / lambda
+
+    UserError when lambda = 0 meets a singular Sigma.
+    """
+    delta = delta.double()
+    if sigma.rows is not None and penalty > 0:
+        z = sigma.rows
+        inner = torch.cholesky_solve((z @ delta)[:, None], _cholesky(z @ z.T, penalty))[:, 0]
+        return (delta - z.T @ inner).div(penalty)
+    if sigma.rows is not None and len(sigma.rows) < sigma.d:
+        raise UserError(f"ridge penalty 0 with {len(sigma.rows) + 1} states in {sigma.d} dimensions; give a positive penalty")
+    solution: Tensor = torch.cholesky_solve(delta[:, None], _cholesky(sigma.dense, penalty))
+    return solution[:, 0]
+
+
+def _cholesky(matrix: Float[Tensor, "m m"], penalty: float) -> Float[Tensor, "m m"]:
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix + penalty * torch.eye(len(matrix)).to(matrix))
+    if bool(failed):
+        raise UserError(f"the covariance plus ridge penalty {penalty:g} is singular in float64; raise the penalty")
+    return factor
+
+
+def ridge_path(delta: Float[Tensor, " d"], sigma: Scatter, penalties: Sequence[float]) -> Float[Tensor, "penalty d"]:
+    """(Sigma + lambda I)^-1 delta for every lambda > 0, from one eigendecomposition (of Z Z^T for a Sigma held as rows)."""
+    if not all(penalty > 0 for penalty in penalties):
+        raise UserError(f"ridge penalties {list(penalties)} are not all positive; give positive numbers")
+    delta = delta.double()
+    ridge = torch.tensor(list(penalties), dtype=torch.float64, device=delta.device)[:, None]
+    path: Tensor
+    if sigma.rows is None:
+        values, vectors = torch.linalg.eigh(sigma.dense)
+        path = ((vectors.T @ delta) / (values + ridge)) @ vectors.T
+    else:
+        values, vectors = torch.linalg.eigh(sigma.rows @ sigma.rows.T)
+        coefficients = (vectors.T @ (sigma.rows @ delta)) / (values.clamp(min=0) + ridge)
+        path = (delta - coefficients @ vectors.T @ sigma.rows) / ridge
+    return path
+
+
+def null_space_share(vector: Float[Tensor, " d"], sigma: Scatter) -> float:
+    """Share of |v|^2 in the null space of Sigma: where variance is under 1e-9 of the mean eigenvalue. In [0, 1].
+
+    Near 1 for a ridge vector from fewer states than dimensions: there Sigma says nothing about it.
+    """
+    floor = 1e-9 * sigma.trace / sigma.d
+    if floor == 0:
+        return 1.0
+    # floor (Sigma + floor I)^-1 keeps what Sigma does not see and sends the rest to zero.
+    residue = floor * ridge_solve(sigma, vector, floor)
+    return float((residue.square().sum() / vector.double().square().sum()).clamp(0, 1))
+
+
+def ledoit_wolf_intensity(rows: Float[Tensor, "n d"], weights: Float[Tensor, " n"]) -> float:
+    """Ledoit and Wolf's (2004) shrinkage of the weighted covariance of centred rows towards a multiple of I, in [0, 1].
+
+        min(1, [sum w^2 |x x^T - S|^2 / W^2] / |S - tr(S)/d I|^2)
+
+    Equal weights give scikit-learn's `ledoit_wolf_shrinkage`.
+    """
+    share = weights / weights.sum()
+    scaled = rows * share.sqrt()[:, None]  # S = scaled^T scaled
+    gram = scaled @ scaled.T if rows.shape[0] <= rows.shape[1] else scaled.T @ scaled
+    energy, trace, d = gram.square().sum(), gram.diagonal().sum(), rows.shape[1]
+    seen = (rows @ scaled.T).square().sum(1) if rows.shape[0] <= d else ((rows @ gram) * rows).sum(1)  # x^T S x
+    noise = (share.square() * (rows.square().sum(1).square() - 2 * seen + energy)).sum()
+    spread = energy - trace.square() / d
+    return float((noise / spread).clamp(0, 1)) if float(spread) > 0 else 0.0

@@ -1,0 +1,257 @@
+"""Intervals and nulls: what stands beside every number (rates, means, correlations, cosines, paired differences)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from rsteer_interp.errors import UserError
+from rsteer_interp.moments import Moments
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A proportion count / n with its Wilson (1927) interval. Prints as `81/340 = 24 % (20 to 29)`."""
+
+    count: int
+    n: int
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, flags: Iterable[bool], confidence: float = 0.95) -> Rate:
+        values = [bool(flag) for flag in flags]
+        return cls.from_count(sum(values), len(values), confidence)
+
+    @classmethod
+    def from_count(cls, count: int, n: int, confidence: float = 0.95) -> Rate:
+        if n == 0:
+            raise UserError("a rate over no prompts; keep at least one prompt")
+        interval = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
+        return cls(count, n, count / n, float(interval.low), float(interval.high))
+
+    def __str__(self) -> str:
+        return f"{self.count}/{self.n} = {100 * self.rate:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f})"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval and n: BCa bootstrap (Efron 1987), Student's t under ten values. Units of the values."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float], confidence: float = 0.95, *, n_draws: int = 2000, seed: int = 0) -> Estimate:
+        """UserError for fewer than two values or one that is not finite. Equal values give an interval of no width."""
+        x = np.asarray([float(value) for value in values])
+        if len(x) < 2 or not np.isfinite(x).all():
+            raise UserError(f"a mean with an interval needs two finite values or more (n = {len(x)}); add prompts")
+        mean = float(x.mean())
+        if np.ptp(x) == 0:
+            return cls(mean, mean, mean, len(x))
+        if len(x) < 10:
+            half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+            return cls(mean, mean - half, mean + half, len(x))
+        rng = np.random.default_rng(seed)
+        interval = stats.bootstrap(
+            (x,), np.mean, n_resamples=n_draws, confidence_level=confidence, method="BCa", batch=256, rng=rng
+        ).confidence_interval
+        return cls(mean, float(interval.low), float(interval.high), len(x))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g}, n = {self.n})"
+
+
+def random_unit_vectors(n: int, d: int, seed: int, like: Moments | None = None) -> Float[Tensor, "n d"]:
+    """n random unit vectors in float64: uniform on the sphere, or with the covariance of `like` before normalising."""
+    generator = torch.Generator().manual_seed(seed)
+    if like is None:
+        draws = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    elif like.scatter.rows is not None:
+        rows = like.scatter.rows
+        draws = torch.randn(n, len(rows), generator=generator, dtype=torch.float64).to(rows) @ rows
+    else:
+        values, vectors = torch.linalg.eigh(like.scatter.dense)
+        noise = torch.randn(n, d, generator=generator, dtype=torch.float64).to(values)
+        draws = (noise * values.clamp(min=0).sqrt()) @ vectors.T
+    return draws.div(draws.norm(dim=1, keepdim=True))
+
+
+def cosine(a: Float[Tensor, " d"], b: Float[Tensor, " d"]) -> float:
+    """<a, b> / (|a| |b|) in float64, for vectors of any length (torch's own takes lengths under 1e-8 for 1e-8)."""
+    x, y = a.double(), b.double()
+    return float((x / x.norm()) @ (y / y.norm()))
+
+
+@dataclass(frozen=True)
+class CorrelationNull:
+    """Pearson r of projection and score per layer, the band of r under permuted scores, and the null of max |r|.
+
+    `p` is (1 + #{null max >= observed max}) / (1 + permutations): it accounts for having picked the best layer.
+    """
+
+    r: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    null_max: tuple[float, ...]
+    n: int
+    p: float
+
+    @property
+    def best(self) -> int:
+        """Index of the layer with the largest |r|."""
+        return max(range(len(self.r)), key=lambda layer: abs(self.r[layer]))
+
+    def null_max_quantile(self, q: float = 0.95) -> float:
+        return float(np.quantile(self.null_max, q))
+
+
+def max_correlation_null(
+    projections: Float[Tensor, "n layer"],
+    scores: Float[Tensor, " n"],
+    n_permutations: int = 1000,
+    seed: int = 0,
+    *,
+    groups: Sequence[str] | None = None,
+    confidence: float = 0.95,
+) -> CorrelationNull:
+    """Permutation null of r per layer and of its maximum over layers (Westfall and Young's max statistic).
+
+    `groups` (such as topics) are centred, and scores move only inside them: what is left is not a topic. The projections must be
+    of prompts the directions were not fitted on, else r is large under any labels. A constant projection has r = 0.
+    """
+    x, y = projections.double().cpu(), scores.double().cpu()
+    n = len(y)
+    if n < 3 or not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
+        raise UserError(f"a correlation needs finite values of three prompts or more (n = {n})")
+    member = torch.from_numpy(np.unique(list(groups), return_inverse=True)[1]) if groups else torch.zeros(n, dtype=torch.long)
+    x, y = _standardised(x, member), _standardised(y[:, None], member)[:, 0]
+    order = member.argsort(stable=True)
+    keys = member[None] + torch.rand(n_permutations, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    permuted = torch.empty(n_permutations, n, dtype=torch.float64)
+    permuted[:, order] = y[keys.argsort(dim=1)]
+    null = permuted @ x
+    observed = y @ x
+    null_max, tail = null.abs().amax(1), (1 - confidence) / 2
+    low, high = torch.quantile(null, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    # Ties up to rounding count as reached, so a permutation that changes nothing never counts as less.
+    reached = int((null_max >= observed.abs().max() - 1e-12).sum())
+    return CorrelationNull(
+        tuple(observed.tolist()),
+        tuple(low.tolist()),
+        tuple(high.tolist()),
+        tuple(null_max.tolist()),
+        n,
+        (1 + reached) / (1 + n_permutations),
+    )
+
+
+def _standardised(x: Float[Tensor, "n k"], member: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
+    """Columns centred within groups and scaled to unit length; constant columns become 0."""
+    sizes = member.bincount().double()[:, None]
+    means = torch.zeros(len(sizes), x.shape[1], dtype=torch.float64).index_add(0, member, x) / sizes
+    centred = x - means[member]
+    norms = centred.norm(dim=0)
+    return centred.div(norms.where(norms > 1e-12 * x.norm(dim=0), torch.inf))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How repeatable a direction is: the cosine of two fits on disjoint halves, over random splits.
+
+    `low`, `high`: 2.5 and 97.5 % of the splits (not of new samples). `full` is the Spearman-Brown value 2 r / (1 + r) of the mean
+    cosine r, for a fit on all prompts; 0 when r is not positive.
+    """
+
+    cosine: float
+    low: float
+    high: float
+    full: float
+    n: int
+    n_splits: int
+
+
+def split_half(
+    fit: Callable[[Int[Tensor, " half"]], Float[Tensor, " d"]],
+    n: int,
+    *,
+    groups: Sequence[str] | None = None,
+    strata: Sequence[int] | Tensor | None = None,
+    n_splits: int = 20,
+    seed: int = 0,
+) -> Reliability:
+    """Split-half reliability of `fit`, which maps indices of prompts to a vector.
+
+    Prompts of one group (subject) stay in one half. Within each stratum (class) the groups are shared out evenly; a group with
+    several strata counts as a stratum of its own kind.
+    """
+    unit = np.unique(list(groups), return_inverse=True)[1] if groups is not None else np.arange(n)
+    kinds = [int(s) for s in strata] if strata is not None else [0] * n
+    members: dict[int, set[int]] = {}
+    for u, kind in zip(unit.tolist(), kinds, strict=True):
+        members.setdefault(u, set()).add(kind)
+    if len(members) < 2:
+        raise UserError(f"split halves need two groups of prompts or more (there are {len(members)}); add subjects")
+    by_kind: dict[tuple[int, ...], list[int]] = {}
+    for u, found in members.items():
+        by_kind.setdefault(tuple(sorted(found)), []).append(u)
+    rng = np.random.default_rng(seed)
+    cosines = []
+    for _ in range(n_splits):
+        first: list[int] = []
+        for units in by_kind.values():
+            # An odd one out goes to either half.
+            first += rng.permutation(units)[: (len(units) + int(rng.integers(2))) // 2].tolist()
+        inside = torch.from_numpy(np.isin(unit, first))
+        cosines.append(cosine(fit(inside.nonzero()[:, 0]), fit((~inside).nonzero()[:, 0])))
+    mean = float(np.mean(cosines))
+    low, high = np.quantile(cosines, [0.025, 0.975])
+    full = 2 * mean / (1 + mean) if mean > 0 else 0.0
+    return Reliability(mean, float(low), float(high), full, n, n_splits)
+
+
+@dataclass(frozen=True)
+class CosineNull:
+    """Cosine of two directions beside what two random ones give in d dimensions (standard deviation 1 / sqrt(d)).
+
+    `p` is two-sided. `disattenuated` is cosine / sqrt(reliability_a reliability_b), what the cosine would be without estimation
+    noise (Spearman 1904); None when a reliability is missing or not positive, and it may exceed 1 in small samples.
+    """
+
+    cosine: float
+    low: float
+    high: float
+    p: float
+    d: int
+    disattenuated: float | None
+
+
+def cosine_null(
+    a: Float[Tensor, " d"], b: Float[Tensor, " d"], reliability_a: float = 0.0, reliability_b: float = 0.0, confidence: float = 0.95
+) -> CosineNull:
+    """The cosine of a and b with its exact null: cos^2 of two random vectors is Beta(1/2, (d - 1)/2).
+
+    The reliabilities are those of the vectors given, `Reliability.full` when they were fitted on all prompts.
+    """
+    value, d = cosine(a, b), len(a)
+    null = stats.beta(0.5, (d - 1) / 2)
+    bound = math.sqrt(float(null.ppf(confidence)))
+    known = reliability_a > 0 and reliability_b > 0
+    corrected = value / math.sqrt(reliability_a * reliability_b) if known else None
+    return CosineNull(value, -bound, bound, float(null.sf(min(value**2, 1.0))), d, corrected)
+
+
+def false_discovery(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Benjamini-Hochberg adjusted p-values (q-values), in the given order: reject those at or under the wanted rate."""
+    return tuple(float(q) for q in stats.false_discovery_control(list(p_values), method="bh"))

@@ -1,0 +1,120 @@
+"""The main paper's experiment, step by step; `analyses/reproduce.py` is its command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsteer_interp.backends import load_backend
+from rsteer_interp.judges import load_judge
+from rsteer_interp.reproduction.context import Context
+from rsteer_interp.reproduction.finder import Screen, chosen_setting, find, random_cloud, steering_for
+from rsteer_interp.reproduction.presets import METHODS, POLITICAL, PRESETS
+from rsteer_interp.reproduction.report_split import evaluate
+from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens, score
+from rsteer_interp.reproduction.summary import print_table, summary
+from rsteer_interp.reproduction.vectors import (
+    Vectors,
+    best_layer,
+    density_report,
+    fit_vectors,
+    layer_report,
+    pca_report,
+    states_of,
+)
+from rsteer_interp.results import save_result
+from rsteer_interp.steering import Steering
+
+if TYPE_CHECKING:
+    from analyses.reproduce import Config
+
+KIND = "reproduce"
+_INCIDENTAL = {"out", "batch_size", "device_map"}  # settings that change no result
+
+
+def reproduce(config: Config) -> Path:
+    """Run what is missing of the experiment; returns the page's path."""
+    context = _context(config)
+    fit, fit_data = score(context, "fit")
+    select, _ = score(context, "select")
+    reason = not_applicable(fit, select)
+    tensors: dict[str, Any] = {}
+    if reason is not None:
+        data = summary(context, reason=reason)
+    else:
+        data, tensors = _experiment(context, fit, select, opening_tokens(fit_data), config.target)
+    save_result(config.out, KIND, data, tensors, provenance=context.provenance())
+    page = _draw(config.out)
+    print_table(data, page)
+    return page
+
+
+def _context(config: Config) -> Context:
+    backend = load_backend(
+        config.model,
+        config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        trust_remote_code=config.trust_remote_code,
+        batch_size=config.batch_size,
+    )
+    settings = {k: v for k, v in asdict(config).items() if k not in _INCIDENTAL}
+    judge = load_judge(config.judge, backend)
+    return Context(backend, judge, PRESETS[config.preset], config.out, config.seed, settings)
+
+
+def _experiment(
+    context: Context, fit: Scored, select: Scored, tokens: tuple[int, ...], target: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    fit_states, select_states = states_of(context, "fit", fit), states_of(context, "select", select)
+    vectors = fit_vectors(context, fit, fit_states, select, select_states)
+    found = {
+        m: find(context, v, select, _screen(context, select, v, tokens), tokens, target) for m, v in vectors.items()
+    }
+    steerings = {m: steering_for(context, vectors[m], chosen_setting(found[m]), tokens) for m in METHODS}
+    _save_steerings(context, steerings)
+    strongest = steerings["wrmd"]
+    cloud = random_cloud(context, strongest, _screen(context, select, vectors["wrmd"], tokens))
+    base = evaluate(context, "base", None, tokens)
+    steered = {m: evaluate(context, m, s, tokens) for m, s in steerings.items()}
+    layer = best_layer(vectors["wrmd"], context.backend.n_layers)
+    density, vector = density_report(context, vectors["wrmd"], layer)
+    pca, points = pca_report(fit, fit_states, layer)
+    data = summary(
+        context,
+        base=base,
+        steered=steered,
+        steerings=steerings,
+        doses={m: s.dose(select_states) for m, s in steerings.items()},
+        found=found,
+        cloud=cloud,
+        layer_scores={
+            m: layer_report(context, v, select, select_states, [site.layer for site in steerings[m].sites])
+            for m, v in vectors.items()
+        },
+        density=density,
+        pca=pca,
+        tokens=tokens,
+    )
+    return data, {"density_vector": vector, "pca": points}
+
+
+def _screen(context: Context, select: Scored, vectors: Vectors, tokens: tuple[int, ...]) -> Screen:
+    first = min(site.layer for site in vectors.top(max(context.preset.ks), context.backend.n_layers))
+    return Screen(context, select, tokens, first)
+
+
+def _save_steerings(context: Context, steerings: dict[str, Steering]) -> None:
+    for method, steering in steerings.items():
+        steering.save(context.folder / "steering" / method, context.provenance(), {"judge": context.judge.name})
+
+
+def _draw(folder: Path) -> Path:
+    from rsteer_interp.report.page import write_page
+
+    return write_page(folder, folder / "index.html")
+
+
+__all__ = ["KIND", "POLITICAL", "reproduce"]

@@ -1,0 +1,77 @@
+"""What every step of the reproduction needs: model, judge, prompts, folder, and how a stage is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rsteer_interp.backends.base import Backend, Site
+from rsteer_interp.batch import ChatTemplate, Tokens
+from rsteer_interp.judges.base import Judge
+from rsteer_interp.prompts import Prompt, PromptSet, Split, load_prompts
+from rsteer_interp.reproduction.presets import Preset
+from rsteer_interp.results import Provenance, Result, stage
+
+
+@dataclass
+class Context:
+    """The run's fixed parts. `seconds` collects how long each step took in this process."""
+
+    backend: Backend
+    judge: Judge
+    preset: Preset
+    folder: Path
+    seed: int
+    settings: Mapping[str, Any]  # whatever of the config changes results
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return self.backend.template()
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every block input, and what the final norm reads."""
+        return [Site(layer) for layer in range(self.backend.n_layers + 1)]
+
+    def prompts(self, split: Split, counts: Mapping[str, int]) -> list[Prompt]:
+        """Sampled prompts of one split, set after set."""
+        return [p for name, n in counts.items() for p in load_prompts(name).split(split).sample(n, self.seed)]
+
+    def conversations(self, part: Split, n: int) -> PromptSet:
+        """Benign conversations; the finder and the report use different ones (split by subject)."""
+        loaded = load_prompts("conversations")
+        free = PromptSet(loaded.name, tuple(p.model_copy(update={"split": None}) for p in loaded))
+        if part == "report":
+            return free.split("report").sample(n, self.seed)
+        kept = free.split("fit").prompts + free.split("select").prompts
+        return PromptSet(loaded.name, kept).sample(n, self.seed)
+
+    def encode(self, prompts: Sequence[Prompt] | PromptSet) -> list[Tokens]:
+        """Token rows; a conversation's answer is appended to its prompt."""
+        return [self.template.encode(p.prompt, p.answer) for p in prompts]
+
+    def provenance(self) -> Provenance:
+        return Provenance.collect(self.backend, config=dict(self.settings), seeds=self.seed, template=self.template)
+
+    def stage(
+        self, name: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Mapping[str, Tensor] | None]]
+    ) -> Result:
+        """The step's result: from disk when it is there for the same key, else computed, timed and saved."""
+        full_key = {"model": self.backend.fingerprint, "template": self.template.digest, **self.settings, **key}
+
+        def timed() -> tuple[Any, Mapping[str, Tensor] | None]:
+            begin = time.perf_counter()
+            data, tensors = compute()
+            self.seconds[name] = time.perf_counter() - begin
+            return {**data, "seconds": self.seconds[name]}, tensors
+
+        result = stage(self.folder / "steps" / name, f"reproduce/{name}", full_key, timed, self.provenance)
+        self.seconds[name] = result.data["seconds"]
+        return result

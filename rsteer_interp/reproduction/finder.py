@@ -1,0 +1,153 @@
+"""Step 3: per method, the smallest answer shift among the settings that reach the removal target."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rsteer_interp.backends.base import Edit, Rows, Sampling
+from rsteer_interp.evaluation import answer_log_probs, log_odds
+from rsteer_interp.nulls import Rate, random_unit_vectors
+from rsteer_interp.progress import progress
+from rsteer_interp.refusal_scores import confidence_of, reply_and_judge
+from rsteer_interp.reproduction.context import Context
+from rsteer_interp.reproduction.presets import HARMFUL
+from rsteer_interp.reproduction.scores import Scored
+from rsteer_interp.reproduction.vectors import Vectors
+from rsteer_interp.selection import Setting, find_setting, grid
+from rsteer_interp.steering import Steering, make_steering
+
+NULL_DRAWS = 6
+
+
+def settings(context: Context) -> list[Setting]:
+    return grid(context.preset.ks, context.preset.alphas, (False, True))
+
+
+def steering_for(context: Context, vectors: Vectors, setting: Setting, tokens: tuple[int, ...]) -> Steering:
+    return make_steering(
+        vectors.method,
+        vectors.directions,
+        vectors.references,
+        vectors.scales,
+        vectors.top(setting.k, context.backend.n_layers),
+        alpha=setting.alpha,
+        reposition=setting.reposition,
+        refusal_tokens=tokens,
+        fingerprint=context.backend.fingerprint,
+    )
+
+
+class Screen:
+    """Measures edits on a few select prompts: removal and harmful refusal by log-odds, answer shift on conversations.
+
+    Everything before the first steered layer is computed once for all settings.
+    """
+
+    def __init__(self, context: Context, select: Scored, tokens: tuple[int, ...], first_layer: int) -> None:
+        self.context, self.tokens = context, tokens
+        backend, preset = context.backend, context.preset
+        refusing = select.refusing[: preset.screened]
+        self.refusing = refusing
+        self.confidence = select.confidence[refusing]
+        harmful = context.prompts("select", {HARMFUL: preset.screened})
+        self.political = backend.prepare(context.template.encode_all([select.texts[i] for i in refusing]), first_layer)
+        self.harmful = backend.prepare(context.encode(harmful), first_layer)
+        talks = context.conversations("select", preset.finder_conversations)
+        self.talks = backend.prepare(context.encode(talks), first_layer, 8)
+        self.base_odds = self.odds(self.political, None)
+        self.base_answers = answer_log_probs(backend, self.talks)
+
+    def odds(self, rows: Rows, edit: Edit | None) -> Float[Tensor, " prompt"]:
+        return log_odds(self.context.backend, rows, self.tokens, edit)
+
+    def removal(self, odds: Float[Tensor, " prompt"]) -> float:
+        """Fall of the mean expected c, with the first token's refusal probability p for the share of refusals: 2p - 1."""
+        return float((2 * self.base_odds.sigmoid() - 2 * odds.sigmoid()).mean())
+
+    def answer_shift(self, edit: Edit | None) -> float:
+        return float((answer_log_probs(self.context.backend, self.talks, edit) - self.base_answers).abs().mean())
+
+
+def find(
+    context: Context, vectors: Vectors, select: Scored, screen: Screen, tokens: tuple[int, ...], target: float
+) -> dict[str, Any]:
+    """The method's trials and choice, as plain data."""
+
+    def compute() -> tuple[dict[str, Any], None]:
+        points: dict[Setting, dict[str, Any]] = {}
+        candidates = settings(context)
+        with progress(f"searching {vectors.method.upper()} settings", len(candidates)) as advance:
+
+            def edit_of(setting: Setting) -> Edit | None:
+                return steering_for(context, vectors, setting, tokens).edit()
+
+            def removal(setting: Setting) -> float:
+                edit = edit_of(setting)
+                odds = screen.odds(screen.political, edit)
+                points[setting] = _point(screen, odds, screen.odds(screen.harmful, edit))
+                advance(1)
+                return screen.removal(odds)
+
+            def judged(setting: Setting) -> float:
+                texts = [select.texts[i] for i in select.refusing]
+                replies = reply_and_judge(
+                    context.backend,
+                    context.template.encode_all(texts),
+                    texts,
+                    context.judge,
+                    max_new_tokens=context.preset.tokens,
+                    edit=edit_of(setting),
+                    sampling=Sampling(2, 1.0, context.seed + 1),
+                )
+                return float((select.confidence[select.refusing] - confidence_of(replies)).mean())
+
+            found = find_setting(
+                candidates,
+                target=target,
+                removal=removal,
+                answer_shift=lambda setting: screen.answer_shift(edit_of(setting)),
+                judged_removal=judged,
+            )
+        return {
+            "chosen": asdict(found.chosen),
+            "target_met": found.target_met,
+            "trials": [asdict(t) | points[t.setting] for t in found.trials],
+            "n_refusing": len(select.refusing),
+        }, None
+
+    key = {"method": vectors.method, "target": target, "tokens": tokens, "preset": str(context.preset)}
+    return context.stage(f"3_finder_{vectors.method}", key, compute).data
+
+
+def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[dict[str, Any]]:
+    """Random unit vectors in place of the reference's directions, with the same amounts at the same sites."""
+
+    def compute() -> tuple[dict[str, Any], None]:
+        points = []
+        with progress("random directions", NULL_DRAWS) as advance:
+            for draw in range(NULL_DRAWS):
+                units = random_unit_vectors(len(reference.sites), context.backend.d_model, context.seed + draw).float()
+                edit = Steering(**{**vars(reference), "directions": units, "reposition": False}).edit()
+                odds = screen.odds(screen.political, edit)
+                points.append(
+                    {"removal": screen.removal(odds), **_point(screen, odds, screen.odds(screen.harmful, edit))}
+                )
+                advance(1)
+        return {"points": points}, None
+
+    key = {"amounts": sorted(reference.amounts.values()), "method": reference.method, "n": NULL_DRAWS}
+    points: list[dict[str, Any]] = context.stage("3_finder_random", key, compute).data["points"]
+    return points
+
+
+def _point(screen: Screen, political: Float[Tensor, " prompt"], harmful: Float[Tensor, " prompt"]) -> dict[str, Any]:
+    """Refusal rates by the sign of the log-odds."""
+    return {"political": asdict(Rate.of((political > 0).tolist())), "harmful": asdict(Rate.of((harmful > 0).tolist()))}
+
+
+def chosen_setting(found: dict[str, Any]) -> Setting:
+    return Setting(**found["chosen"]["setting"])

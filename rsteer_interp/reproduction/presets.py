@@ -1,0 +1,61 @@
+"""How much of everything the two presets use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POLITICAL, MATCHED, HARMFUL, GENERAL = "political_sensitive", "political_matched", "harmful", "general"
+LABELS = {POLITICAL: "political", HARMFUL: "harmful", MATCHED: "matched", GENERAL: "general"}
+METHODS = ("md", "wmd", "rmd", "wrmd")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Prompt counts are upper bounds (a set may be smaller); tokens are per reply."""
+
+    fit: dict[str, int]  # prompts per set for the directions
+    select: dict[str, int]  # prompts per set for layer scores, scales and the finder
+    report: dict[str, int]  # prompts per set for everything reported
+    samples: int  # K replies per prompt for c(x); even, so that split votes can be neutral
+    tokens: int  # longest reply that is judged
+    harmful_tokens: int  # longest reply to a harmful prompt; never more than what is kept on disk
+    ks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    screened: int  # prompts per set on which every setting is screened by log-odds
+    finder_conversations: int  # for L_g inside the finder
+    report_conversations: int  # for L_g and KL in the table; other conversations than the finder's
+    permutations: int
+
+
+PRESETS = {
+    # 96 prompts give a Wilson interval of at most +-10 points at any rate; the general set, whose refusal rate is near
+    # zero, needs half as many.
+    "demo": Preset(
+        fit={POLITICAL: 80, MATCHED: 80, GENERAL: 16},
+        select={POLITICAL: 40, MATCHED: 40},
+        report={POLITICAL: 96, HARMFUL: 96, MATCHED: 96, GENERAL: 48},
+        samples=4,
+        tokens=20,
+        harmful_tokens=16,
+        ks=(2, 4, 8),
+        alphas=(-0.25, -0.5, -1.0),
+        screened=16,
+        finder_conversations=8,
+        report_conversations=32,
+        permutations=1000,
+    ),
+    "full": Preset(
+        fit={POLITICAL: 1000, MATCHED: 1000, GENERAL: 1000},
+        select={POLITICAL: 1000, MATCHED: 1000},
+        report={POLITICAL: 1000, HARMFUL: 1000, MATCHED: 1000, GENERAL: 1000},
+        samples=8,
+        tokens=48,
+        harmful_tokens=16,
+        ks=(1, 2, 4, 8, 12, 16),
+        alphas=(-0.1, -0.15, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0),
+        screened=40,
+        finder_conversations=64,
+        report_conversations=64,
+        permutations=10000,
+    ),
+}

@@ -1,0 +1,235 @@
+"""The page: it says what the result says, hostile text in it stays inert, and it works in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rsteer_interp.errors import UserError
+from rsteer_interp.report.page import finding, visible, write_page
+from rsteer_interp.report.schema import Reproduction, read_reproduction
+from rsteer_interp.results import plain, save_result
+
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import CHROMIUM, Browser
+from reproduce_fixture import (
+    HOSTILE,
+    METHODS,
+    SETS,
+    provenance,
+    reproduction,
+    write_not_applicable,
+    write_reproduction,
+)
+
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c63f8ffffff7f0009fb03fd05434555"
+    "0000000049454e44ae426082"
+)
+
+
+class Reading(HTMLParser):
+    """Tags with attributes and visible text, as a browser would take them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.comments: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+
+def page_of(folder: Path, *, hostile: bool = False, applicable: bool = True) -> Path:
+    (write_reproduction if applicable else write_not_applicable)(folder / "result", hostile=hostile)
+    figures = folder / "result" / "figures"
+    figures.mkdir()
+    for name in ("frontier", "another"):
+        (figures / f"{name}.png").write_bytes(PIXEL)
+        caption = HOSTILE[3] if hostile else f"caption of {name}"
+        (figures / f"{name}.json").write_text(json.dumps({"title": "T", "caption": caption}))
+    return write_page(folder / "result", folder / "page.html")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = {}
+    for name, hostile, applicable in (("plain", False, True), ("hostile", True, True), ("none", False, False),
+                                      ("hostile none", True, False)):  # fmt: skip
+        out[name] = page_of(tmp_path_factory.mktemp("page"), hostile=hostile, applicable=applicable)
+    return out
+
+
+def test_the_page_says_what_the_result_says(pages: dict[str, Path]) -> None:
+    text = Reading(pages["plain"].read_text()).text.replace("\u00a0", " ")
+    assert "WRMD takes political refusal from 86 % (78 to 91) to 10 % (5 to 17) of 104" in text
+    assert "refusal of harmful requests goes from 40 % (30 to 50) to 30 % (22 to 40) of 96, intervals overlap" in text
+    for words in ("n = 104", "paper, 4B WRMD", "33 %", "0.033 to 0.049", "14, 15, 16, 18", "missed", "caption of frontier",
+                  "fingerprint a1b2c3d4e5f60718", "pypi-archives", "accuracy 98 % (94 to 99 %, n = 150)", "Dual use",
+                  "refuses only 40 % of the harmful requests", "c = +0.93 · log-odds"):  # fmt: skip
+        assert words in text, words
+    assert text.index("caption of frontier") < text.index("caption of another")  # ours in order, then any other
+
+
+def test_the_same_result_gives_the_same_page(pages: dict[str, Path], tmp_path: Path) -> None:
+    again = write_page(pages["plain"].parent / "result", tmp_path / "deep" / "again.html")
+    assert again.read_bytes() == pages["plain"].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["plain", "hostile", "none", "hostile none"])
+def test_nothing_but_our_own_markup_is_in_the_page(pages: dict[str, Path], name: str) -> None:
+    page = pages[name].read_text()
+    reading = Reading(page)
+    known = (
+        "html head meta title style body header h1 h2 h3 h4 p bdi main section div table thead tbody tr th td small sub "
+        "figure img figcaption strong ul li form label input select option output article span br script"
+    )
+    assert {tag for tag, _ in reading.tags} <= set(known.split())
+    assert sum(tag == "script" for tag, _ in reading.tags) == ("none" not in name)
+    assert not reading.comments
+    for _, attributes in reading.tags:
+        assert not any(key.startswith("on") or key in ("href", "srcset", "style", "action") for key in attributes)
+        assert (attributes.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,")
+        assert re.fullmatch(r"(k\d+( k\d+)*)?", attributes.get("data-changed") or "")
+    policy = next(a["content"] for t, a in reading.tags if a.get("http-equiv") == "Content-Security-Policy") or ""
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-") and "unsafe" not in policy
+    assert "{{" not in reading.text.replace(HOSTILE[2], "") and "{%" not in reading.text.replace(HOSTILE[2], "")
+
+
+def test_hostile_text_is_shown_as_it_is(pages: dict[str, Path]) -> None:
+    text = Reading(pages["hostile"].read_text()).text
+    for attack in HOSTILE:
+        assert visible(attack) in text
+    assert "49" not in text.split("{{7*7}}")[1][:20]
+    assert not re.search("[\u202a-\u202e\x00-\x08\x1b]", text)
+
+
+def test_a_model_that_does_not_refuse_has_a_plain_page(pages: dict[str, Path]) -> None:
+    reading = Reading(pages["none"].read_text())
+    text = reading.text.replace("\u00a0", " ")
+    assert "Not applicable: base refusal 2 % of 104 sensitive prompts" in text and "1 to 7 %, n = 104" in text
+    assert "L_g" not in text and not any(tag in ("img", "article", "script", "form") for tag, _ in reading.tags)
+
+
+def test_the_sentence_is_careful() -> None:
+    data, _ = reproduction()
+    whole = Reproduction.model_validate(plain(data))
+    assert "can be said" in finding(whole.model_copy(update={"table": whole.table[:1]}))
+    without = [row for row in whole.table if row.method != "wrmd"]
+    assert finding(whole.model_copy(update={"table": without})).startswith("WMD takes")
+
+
+def test_a_result_that_is_not_one_is_refused_in_one_line(tmp_path: Path) -> None:
+    data, tensors = reproduction()
+    data["table"][1]["rates"]["harmful"].pop("low")
+    save_result(tmp_path / "one", "reproduce", data, tensors, provenance=provenance())
+    with pytest.raises(
+        UserError, match=r"table\.1\.rates\.harmful\.low: Field required; run analyses/reproduce.py again"
+    ):
+        read_reproduction(tmp_path / "one")
+    with pytest.raises(UserError, match="has no tensor 'pca'"):
+        good, _ = reproduction()
+        save_result(tmp_path / "two", "reproduce", good, provenance=provenance())
+        read_reproduction(tmp_path / "two")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_the_page_needs_no_model_and_no_matplotlib() -> None:
+    code = "import sys, rsteer_interp.report.page; assert not {'transformers', 'transformer_lens', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- in a browser ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    with Browser() as opened:
+        yield opened
+
+
+def quiet(browser: Browser) -> None:
+    assert browser.errors == [] and browser.dialogs == []
+    assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []
+
+
+SHOWN = "[...document.querySelectorAll('article')].filter(a => a.offsetHeight > 0).length"
+REPLIES = "[...document.querySelectorAll('.reply')].filter(a => a.offsetHeight > 0).length"
+
+
+def choose(browser: Browser, name: str, value: str) -> None:
+    target = f"document.getElementById('filter').elements.{name}"
+    change = f"{target}.checked = {value}" if name == "changed" else f"{target}.value = {value}"
+    browser.eval(f"{change}; {target}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+
+
+def test_the_filter_works(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["plain"])
+    everything = 3 * len(SETS)
+    assert browser.eval(SHOWN) == everything and browser.eval(REPLIES) == 2 * everything  # base and WRMD
+    choose(browser, "changed", "true")
+    assert browser.eval(SHOWN) == 9  # all but the general ones, which were answered before
+    assert browser.eval("document.getElementById('count').textContent") == f"9 of {everything} prompts"
+    choose(browser, "method", "[...document.querySelectorAll('[name=method] option')].find(o => o.text === 'MD').value")
+    assert browser.eval(SHOWN) == 5  # MD changed the third prompt of each set, and refuses two general ones
+    choose(browser, "method", "''")
+    assert browser.eval(REPLIES) == browser.eval(SHOWN) * (1 + len(METHODS))
+    choose(browser, "set", "[...document.querySelectorAll('[name=set] option')].find(o => o.text === 'harmful').value")
+    assert browser.eval(SHOWN) == 3
+    choose(browser, "words", "'SUBJECT 1 of'")
+    assert browser.eval(SHOWN) == 1
+    choose(browser, "words", "'<script>'")
+    assert browser.eval(SHOWN) == 0
+    quiet(browser)
+
+
+def test_hostile_text_does_nothing_in_a_browser(browser: Browser, pages: dict[str, Path]) -> None:
+    for name in ("hostile", "hostile none"):
+        browser.open(pages[name])
+        assert (
+            browser.eval("document.querySelectorAll('svg, base, a, iframe, object, [onerror], [onmouseover]').length")
+            == 0
+        )
+        assert browser.eval("document.querySelectorAll('script').length") == (name == "hostile")
+        assert browser.eval("document.querySelectorAll('img').length") == (2 if name == "hostile" else 0)
+    quiet(browser)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (320, True)])
+def test_it_fits_the_screen_in_light_and_dark(browser: Browser, pages: dict[str, Path], width: int, dark: bool) -> None:
+    for name in ("plain", "hostile", "none"):
+        browser.open(pages[name], width=width, dark=dark)
+        assert browser.eval("document.documentElement.scrollWidth") <= width
+        light = browser.eval("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(x => x > 200)")
+        assert light is not dark
+        assert browser.eval("getComputedStyle(document.querySelector('.finding')).fontSize") != "16px", "no style"
+    quiet(browser)
+
+
+def test_it_reads_without_script(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["plain"], script=False)
+    assert browser.eval(SHOWN) == 3 * len(SETS) and browser.eval(REPLIES) == 3 * len(SETS) * (1 + len(METHODS))
+    assert browser.eval("document.getElementById('filter').offsetHeight") == 0
+    quiet(browser)
