@@ -50,7 +50,7 @@ def run(config: Config) -> Path:
     """Run what is missing, write the result folder, figures and page, print the table; returns the page's path."""
     from rsteer_interp.reproduction import reproduce
 
-    return reproduce(config)
+    return reproduce(config, scripts=Path(__file__).resolve().parent.parent / "figures")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def draw(result: Reproduced) -> Drawing:
         f"Refusal rates of {data.model.name} on held-out prompts, 95 % Wilson intervals. Hollow markers are the paper's "
         "published rates on its own prompts and models (no intervals were published; 4B and 80B models). "
         + (
-            "Grey: range under random directions of the same dose (select split)."
+            "Grey: range under random directions of the same dose (select split, by first-token log-odds)."
             if nulls
             else "No random directions were run."
         )

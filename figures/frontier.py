@@ -35,12 +35,14 @@ def draw(result: Reproduced) -> Drawing:
         methods = _select(left, tried, nulls)
         left.set_title(f"Select split: all {len(tried) - len(nulls)} configurations")
         left.set_ylabel(f"harmful requests refused, %  (n = {_ns(c.harmful.n for c in tried)})")
-        left.set_xlabel(f"political prompts refused, %  (n = {_ns(c.political.n for c in tried)})")
+        left.set_xlabel(f"political prompts refused, %  (n = {_ns(c.political.n for c in tried)}, by log-odds)")
         for row in reported:
             _report(right, row)
         right.set_title("Report split: the chosen ones, 95 % intervals")
         if reported:
-            right.set_xlabel(f"political prompts refused, %  (n = {_ns(r.rates[POLITICAL].n for r in reported)})")
+            right.set_xlabel(
+                f"political prompts refused, %  (n = {_ns(r.rates[POLITICAL].n for r in reported)}, judged)"
+            )
             right.set_ylabel(f"harmful, %  (n = {_ns(r.rates[HARMFUL].n for r in reported)})")
         for axes in (left, right):
             axes.text(
@@ -50,13 +52,15 @@ def draw(result: Reproduced) -> Drawing:
         left.set_xlim(-4, 104)
         ys = [100 * v for c in tried for v in (c.harmful.rate,)] + [100 * r.rates[HARMFUL].high for r in reported]
         left.set_ylim(-4, min(104, max(30.0, 1.18 * max(ys) + 4)))
-        figure.legend(handles=_handles(methods, bool(nulls)), loc="outside lower center", ncols=len(methods) + 4,
+        figure.legend(handles=_handles(methods, tried), loc="outside lower center", ncols=len(methods) + 4,
                       columnspacing=1)  # fmt: skip
     random = f"{len(nulls)} random directions at matched dose" if nulls else "no random directions were run"
+    known = any(c.meets_target is not None for c in tried)
+    filled = "filled points meet the removal target, " if known else ""
     caption = (
         "Refusal rate on political against harmful prompts. Left: every configuration (layers, coefficient, reposition) on "
-        f"the select split; filled points meet the removal target, rings are chosen; grey is the null ({random}). Right: the "
-        "chosen configurations on held-out prompts with 95 % Wilson intervals."
+        f"the select split, refused meaning first-token log-odds above 0; {filled}rings are chosen; grey is the null ({random}). "
+        "Right: the chosen configurations on held-out prompts, judged replies, 95 % Wilson intervals."
     )
     plotted = {"select": tried, "report": [{"label": r.label, "method": r.method, "rates": r.rates} for r in reported]}
     return Drawing(figure, "Removal against safety", caption, plotted)
@@ -68,8 +72,8 @@ def _select(axes: Any, tried: list[Configuration], nulls: list[Configuration]) -
     for method in methods:
         points = [c for c in tried if c.method == method and not c.null and not c.is_base]
         style_of = {"marker": marker(method), "ms": 4, "ls": "", "color": colour(method), "mew": 0.8}
-        axes.plot(*_xy([c for c in points if not c.meets_target]), mfc="none", **style_of)
-        axes.plot(*_xy([c for c in points if c.meets_target]), **style_of)
+        axes.plot(*_xy([c for c in points if c.meets_target is False]), mfc="none", **style_of)
+        axes.plot(*_xy([c for c in points if c.meets_target is not False]), **style_of)
         axes.plot(*_xy([c for c in points if c.chosen]), "o", ms=9.5, mfc="none", mec=colour("ink"), mew=1, zorder=4)
     axes.plot(*_xy([c for c in tried if c.is_base][:1]), marker("base"), color=colour("base"), ms=6, zorder=5)
     return methods
@@ -97,14 +101,15 @@ def _ns(counts: Any) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def _handles(methods: list[str], nulls: bool) -> list[Any]:
+def _handles(methods: list[str], tried: list[Configuration]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     out = [Line2D([], [], ls="", marker=marker("base"), color=colour("base"), label="base")]
     out += [Line2D([], [], ls="", marker=marker(m), color=colour(m), label=m.upper()) for m in methods]
     out.append(Line2D([], [], ls="", marker="o", ms=8, mfc="none", mec=colour("ink"), label="chosen"))
-    out.append(Line2D([], [], ls="", marker="s", mfc="none", mec=colour("neutral"), label="misses target"))
-    if nulls:
+    if any(c.meets_target is False for c in tried if not c.null):
+        out.append(Line2D([], [], ls="", marker="s", mfc="none", mec=colour("neutral"), label="misses target"))
+    if any(c.null for c in tried):
         out.append(Line2D([], [], ls="", marker="o", color=colour("null"), label="random direction"))
     return out
 

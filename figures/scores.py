@@ -1,4 +1,4 @@
-"""Refusal confidence before and after steering, prompt by prompt, for every method and prompt set.
+"""Refusal scores before and after steering, prompt by prompt, for every method and prompt set.
 
 A line is one prompt: base at the left, steered at the right. The mean change stands beside its null, the central 95 %
 under random flips of the sign of each prompt's change (what a method without effect would give).
@@ -17,7 +17,13 @@ from rsteer_interp.report.schema import Reproduced
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 FLIPS = 2000
-SPREAD = 0.07  # vertical shift that keeps equal confidences apart
+WORDS = {  # axis label, what it is
+    "log_odds": (
+        "log-odds",
+        "First-token refusal log-odds (nats; 0 is an even chance that the reply opens with a refusal)",
+    ),
+    "confidence": ("confidence c", "Refusal confidence c(x) (+1 always refuses, -1 always answers)"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,14 @@ def draw(result: Reproduced) -> Drawing:
     methods = data.in_order(m for c in confidence.values() for m in c.after)
     sets = data.in_order(confidence)
     if not methods:
-        raise result.missing("refusal confidence")
+        raise result.missing("refusal scores")
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    short, long = WORDS[data.confidence_measure]
+    values = [v for c in confidence.values() for row in (c.before, *c.after.values()) for v in row]
+    low, high = min(values, default=-1.0), max(values, default=1.0)
+    spread = 0.035 if data.confidence_measure == "confidence" else 0.0  # of the height; keeps equal scores apart
     plotted: list[dict[str, Any]] = []
     with style():
         figure = Figure(figsize=(DOUBLE, 0.6 + 1.35 * len(methods)), layout="constrained")
@@ -50,26 +60,31 @@ def draw(result: Reproduced) -> Drawing:
                     raise result.missing(f"paired confidence of {method} on {name}")
                 change = summary(before, after)
                 plotted.append({"method": method, "set": name, "before": before, "after": after, **change})
-                _pairs(axes, before, after)
+                _pairs(axes, before, after, 2 * spread)
                 axes.text(0.5, 0.98, _words(change), transform=axes.transAxes, ha="center", va="top", fontsize=6.5)
                 if i == 0:
                     axes.set_title(f"{data.set_label(name)}, n = {len(before)}")
-            grid[i][0].set_ylabel(f"{method.upper()}\nconfidence c")
-        grid[0][0].set(
-            xlim=(-0.25, 1.25), ylim=(-1.2, 2.1), xticks=[0, 1], xticklabels=["base", "steered"], yticks=[-1, 0, 1]
-        )
+            grid[i][0].set_ylabel(f"{method.upper()}\n{short}")
+        room = 0.38 * (high - low)  # for the numbers above the lines
+        grid[0][0].set(xlim=(-0.25, 1.25), xticks=[0, 1], xticklabels=["base", "steered"])
+        grid[0][0].set_ylim(low - 0.08 * (high - low), high + room)
+        grid[0][0].set_yticks([t for t in grid[0][0].get_yticks() if low - 0.05 <= t <= high + 0.05])
         handles = [
-            Line2D([], [], color=colour("answering"), label="refused before, answered after"),
-            Line2D([], [], color=colour("refusing"), label="answered before, refused after"),
+            Line2D([], [], color=colour("answering"), label="from refusing to answering"),
+            Line2D([], [], color=colour("refusing"), label="from answering to refusing"),
             Line2D([], [], color=colour("null"), label="no change of side"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     caption = (
-        "Refusal confidence c(x) of the same prompts before and after steering (+1 always refuses, -1 always answers; "
-        "refused means c > 0). Equal values are spread a little. Beside the mean change stands its null, the central 95 % of "
+        f"{long} of the same prompts before and after steering; above 0 counts as refusing. Beside the mean change stands its null, the central 95 % of "
         f"{FLIPS} random sign flips of the single changes. Held-out prompts (report split)."
     )
-    return Drawing(figure, "Refusal confidence before and after steering", caption, {"panels": plotted})
+    return Drawing(
+        figure,
+        "Refusal scores before and after steering",
+        caption,
+        {"measure": data.confidence_measure, "panels": plotted},
+    )
 
 
 def summary(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
@@ -88,11 +103,15 @@ def _words(change: dict[str, Any]) -> str:
     return words.replace("-", "\N{MINUS SIGN}")
 
 
-def _pairs(axes: Any, before: np.ndarray, after: np.ndarray) -> None:
-    shift = np.random.default_rng(0).uniform(-SPREAD, SPREAD, len(before))
+def _pairs(axes: Any, before: np.ndarray, after: np.ndarray, spread: float) -> None:
+    from matplotlib.collections import LineCollection
+
+    shift = np.random.default_rng(0).uniform(-spread, spread, len(before))
     for side, kind in (((before > 0) == (after > 0), "null"), ((before > 0) & (after <= 0), "answering"),
                        ((before <= 0) & (after > 0), "refusing")):  # fmt: skip
-        axes.plot([0, 1], [(before + shift)[side], (after + shift)[side]], color=colour(kind), lw=0.6, alpha=0.55)
+        ends = np.stack([before + shift, after + shift], 1)[side]
+        lines = np.stack([np.broadcast_to([0.0, 1.0], ends.shape), ends], 2)
+        axes.add_collection(LineCollection(list(lines), colors=colour(kind), linewidths=0.6, alpha=0.55))
     for x, values in ((0, before), (1, after)):
         colours = [colour("refusing" if v > 0 else "answering") for v in values]
         axes.scatter(np.full(len(values), x), values + shift, s=4, c=colours, alpha=0.6, linewidths=0, zorder=3)

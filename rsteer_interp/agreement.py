@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.optimize import brentq
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
@@ -31,27 +31,29 @@ class Agreement:
     @classmethod
     def of(
         cls,
-        verdicts: Iterable[bool],
-        reference: Iterable[bool],
-        scores: Iterable[float] | None = None,
+        verdicts: ArrayLike,
+        reference: ArrayLike,
+        scores: ArrayLike | None = None,
         *,
         seed: int = 0,
     ) -> Agreement:
         """`scores`: graded confidence behind the verdicts (refusal confidence, log-odds), higher for True."""
-        x, y = np.asarray([bool(v) for v in verdicts]), np.asarray([bool(v) for v in reference])
+        x, y = np.asarray(verdicts, dtype=bool), np.asarray(reference, dtype=bool)
         if len(x) != len(y) or len(x) == 0:
-            raise UserError(f"agreement of {len(x)} verdicts with {len(y)}; give the same items, one or more, in the same order")
+            raise UserError(
+                f"agreement of {len(x)} verdicts with {len(y)}; give the same items, one or more, in the same order"
+            )
         auc = None if scores is None else auc_estimate(scores, y)
         return cls(len(x), Rate.of(x == y), _kappa(x, y, seed), auc)
 
 
-def auc_estimate(scores: Iterable[float], reference: Iterable[bool], confidence: float = 0.95) -> Estimate | None:
+def auc_estimate(scores: ArrayLike, reference: ArrayLike, confidence: float = 0.95) -> Estimate | None:
     """Area under the ROC curve of scores for True items; None with only one class. 0.5 is chance.
 
     The interval holds every area A with |A - estimate| <= z sqrt(V(A)), V the Hanley-McNeil variance (Newcombe 2006, method 5): it
     keeps a width at AUC = 1.
     """
-    y, s = np.asarray([bool(v) for v in reference]), np.asarray([float(v) for v in scores])
+    y, s = np.asarray(reference, dtype=bool), np.asarray(scores, dtype=float)
     positive, negative = int(y.sum()), int((~y).sum())
     if positive == 0 or negative == 0:
         return None

@@ -42,7 +42,9 @@ def concentration(effects: Float[Tensor, "prompt layer"], n_draws: int = 1000, s
         raise UserError(f"concentration needs two prompts and two layers or more (there are {n} and {layers})")
     means = x.mean(0).clamp(min=0)
     if not bool(means.sum() > 0):
-        raise UserError("no layer has a positive mean effect, so there is nothing to locate; check the sign of the effect")
+        raise UserError(
+            "no layer has a positive mean effect, so there is nothing to locate; check the sign of the effect"
+        )
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(n, (n_draws, n), generator=generator)
     counts = torch.zeros(n_draws, n, dtype=torch.float64).scatter_add_(1, draws, torch.ones(n_draws, n).double())

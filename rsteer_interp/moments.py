@@ -183,7 +183,9 @@ def reduce(moments: Moments, group: dist.ProcessGroup | None = None) -> Moments:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return moments
     home = moments.mean.device
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    )
     own = {name: tensor.to(device).contiguous() for name, tensor in moments.tensors().items()}
     held = own.get("rows", own.get("full"))
     assert held is not None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
@@ -27,9 +28,9 @@ class Rate:
     high: float
 
     @classmethod
-    def of(cls, flags: Iterable[bool], confidence: float = 0.95) -> Rate:
-        values = [bool(flag) for flag in flags]
-        return cls.from_count(sum(values), len(values), confidence)
+    def of(cls, flags: ArrayLike, confidence: float = 0.95) -> Rate:
+        values = np.asarray(flags, dtype=bool)
+        return cls.from_count(int(values.sum()), len(values), confidence)
 
     @classmethod
     def from_count(cls, count: int, n: int, confidence: float = 0.95) -> Rate:
@@ -52,9 +53,9 @@ class Estimate:
     n: int
 
     @classmethod
-    def of(cls, values: Iterable[float], confidence: float = 0.95, *, n_draws: int = 2000, seed: int = 0) -> Estimate:
+    def of(cls, values: ArrayLike, confidence: float = 0.95, *, n_draws: int = 2000, seed: int = 0) -> Estimate:
         """UserError for fewer than two values or one that is not finite. Equal values give an interval of no width."""
-        x = np.asarray([float(value) for value in values])
+        x = np.asarray(values, dtype=float)
         if len(x) < 2 or not np.isfinite(x).all():
             raise UserError(f"a mean with an interval needs two finite values or more (n = {len(x)}); add prompts")
         mean = float(x.mean())
@@ -135,10 +136,16 @@ def max_correlation_null(
     n = len(y)
     if n < 3 or not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
         raise UserError(f"a correlation needs finite values of three prompts or more (n = {n})")
-    member = torch.from_numpy(np.unique(list(groups), return_inverse=True)[1]) if groups else torch.zeros(n, dtype=torch.long)
+    member = (
+        torch.from_numpy(np.unique(list(groups), return_inverse=True)[1])
+        if groups
+        else torch.zeros(n, dtype=torch.long)
+    )
     x, y = _standardised(x, member), _standardised(y[:, None], member)[:, 0]
     order = member.argsort(stable=True)
-    keys = member[None] + torch.rand(n_permutations, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    keys = member[None] + torch.rand(
+        n_permutations, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     permuted = torch.empty(n_permutations, n, dtype=torch.float64)
     permuted[:, order] = y[keys.argsort(dim=1)]
     null = permuted @ x
@@ -238,7 +245,11 @@ class CosineNull:
 
 
 def cosine_null(
-    a: Float[Tensor, " d"], b: Float[Tensor, " d"], reliability_a: float = 0.0, reliability_b: float = 0.0, confidence: float = 0.95
+    a: Float[Tensor, " d"],
+    b: Float[Tensor, " d"],
+    reliability_a: float = 0.0,
+    reliability_b: float = 0.0,
+    confidence: float = 0.95,
 ) -> CosineNull:
     """The cosine of a and b with its exact null: cos^2 of two random vectors is Beta(1/2, (d - 1)/2).
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from rsteer_interp.errors import UserError
@@ -28,8 +28,8 @@ class PairedRates:
     p: float
 
     @classmethod
-    def of(cls, before: Iterable[bool], after: Iterable[bool], confidence: float = 0.95) -> PairedRates:
-        x, y = np.asarray([bool(v) for v in before]), np.asarray([bool(v) for v in after])
+    def of(cls, before: ArrayLike, after: ArrayLike, confidence: float = 0.95) -> PairedRates:
+        x, y = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
         if len(x) != len(y):
             raise UserError(f"paired rates of {len(x)} and {len(y)} prompts; give the same prompts in the same order")
         old, new = Rate.of(x, confidence), Rate.of(y, confidence)
@@ -47,16 +47,16 @@ class PairedRates:
         return cls(old, new, lost, gained, Estimate(change, low, high, old.n), p)
 
 
-def paired_permutation(
-    before: Iterable[float], after: Iterable[float], n_permutations: int = 10_000, seed: int = 0
-) -> float:
+def paired_permutation(before: ArrayLike, after: ArrayLike, n_permutations: int = 10_000, seed: int = 0) -> float:
     """Two-sided p of the mean paired difference when before and after are swapped at random within prompts.
 
     Exact when 2^n <= n_permutations, else (1 + reached) / (1 + permutations).
     """
-    x, y = np.asarray([float(v) for v in before]), np.asarray([float(v) for v in after])
+    x, y = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     if len(x) != len(y) or len(x) < 2:
-        raise UserError(f"paired values of {len(x)} and {len(y)} prompts; give the same two or more prompts in one order")
+        raise UserError(
+            f"paired values of {len(x)} and {len(y)} prompts; give the same two or more prompts in one order"
+        )
     return float(
         stats.permutation_test(
             (y, x),

@@ -103,10 +103,10 @@ class PromptSet:
 def _split_of(subject: str, prompts: Sequence[Prompt]) -> Split:
     """Split of a subject: subjects ranked by hash, the first 40 % to fit, the next 20 % to select, the rest to report."""
     ranked = sorted({p.subject for p in prompts}, key=lambda s: hashlib.blake2b(s.encode()).digest())
-    share = ranked.index(subject) / len(ranked)
-    if share < SPLIT_SHARES["fit"]:
-        return "fit"
-    return "select" if share < SPLIT_SHARES["fit"] + SPLIT_SHARES["select"] else "report"
+    first = round(len(ranked) * SPLIT_SHARES["fit"])
+    second = first + max(1, round(len(ranked) * SPLIT_SHARES["select"]))
+    place = ranked.index(subject)
+    return "fit" if place < first else "select" if place < second else "report"
 
 
 def load_prompts(reference: str | Path) -> PromptSet:

@@ -32,7 +32,7 @@ def refusal_confidence(
     z_k is +1 (refusal), -1 (answer) or 0 (verdict not parsed); s_k is the mean log-probability of reply k's tokens.
     """
     weights = (mean_log_probs.double() / temperature).softmax(-1)
-    return (weights * verdicts.double()).sum(-1)
+    return (weights * verdicts.double()).sum(-1).clamp(-1, 1)  # weights sum to 1 only up to rounding
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Cyberey and Evans (arXiv 2504.17130).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +58,12 @@ def scales(projections: Float[Tensor, " prompt"], confidence: Float[Tensor, " pr
 
 
 def steerable_layers(n_layers: int) -> range:
-    """Block inputs that may be steered: the deepest 5 % (at least the last) are left out, as in the paper."""
-    return range(n_layers - max(1, round(n_layers * DEEPEST_EXCLUDED)))
+    """Block inputs that may be steered: the deepest 5 % (at least the last) are left out, as in the paper, and so is the
+    first, where the last prompt token is the same embedding for every prompt."""
+    return range(1, n_layers - max(1, round(n_layers * DEEPEST_EXCLUDED)))
 
 
-def top_layers(scores: Sequence[LayerScore], k: int, n_layers: int) -> list[int]:
+def top_layers(scores: Mapping[int, LayerScore], k: int, n_layers: int) -> list[int]:
     """The k best-scored steerable layers, in order of depth."""
     best = sorted(steerable_layers(n_layers), key=lambda layer: -scores[layer].score)[:k]
     return sorted(best)

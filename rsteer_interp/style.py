@@ -133,6 +133,8 @@ def save_figure(figure: Figure, stem: Path | str, data: Any) -> list[Path]:
     }
     written = []
     with style():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, the same for PDF and PNG
         for suffix, write in writers.items():
             path = stem.with_name(stem.name + suffix)
             partial = path.with_name(f".{path.name}.partial")

@@ -59,7 +59,9 @@ def check_blind_to_a_common_weight(estimator: DirectionEstimator, seed: int = 0)
 def check_rotates_with_the_states(estimator: DirectionEstimator, seed: int = 0) -> None:
     for n in (60, 24):
         evidence, _, _ = planted(n, 16, seed)
-        turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+        turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[
+            0
+        ]
         turned = estimator.fit(changed(evidence, states=evidence.states @ turn.T))
         torch.testing.assert_close(turned, turn @ estimator.fit(evidence), rtol=1e-7, atol=1e-9)
 

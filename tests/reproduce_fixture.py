@@ -119,8 +119,7 @@ def _frontier(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 def _confidence(rng: np.random.Generator) -> dict[str, Any]:
     def drawn(rate: float, n: int) -> np.ndarray:
-        sure = np.where(rng.random(n) < rate, 1.0, -1.0)
-        return np.clip(sure * (1 - rng.exponential(0.15, n)), -1, 1)
+        return np.where(rng.random(n) < rate, 2.5, -4.0) + rng.normal(0, 1.2, n)
 
     return {
         name: {

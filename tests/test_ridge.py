@@ -99,7 +99,9 @@ def test_literal_minus_centred_is_the_outer_product_of_the_offset(n: int) -> Non
     h, w = (v[evidence.labels == -1] for v in (evidence.states, evidence.scores.abs()))
     mean = (w[:, None] * (h - o)).sum(0) / w.sum()
     printed = ((h - mean) * w[:, None]).T @ (h - mean) / w.sum()
-    torch.testing.assert_close(printed - evidence.complying_weighted.covariance, torch.outer(o, o), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        printed - evidence.complying_weighted.covariance, torch.outer(o, o), rtol=1e-9, atol=1e-9
+    )
     wrong = printed - evidence.complying.covariance  # fault: unweighted centring
     assert not torch.allclose(wrong, torch.outer(o, o), atol=1e-3)
     delta = evidence.refusing_weighted.mean - evidence.complying_weighted.mean
@@ -128,7 +130,7 @@ def test_few_states_put_the_vector_in_the_null_space_and_shrinkage_takes_it_out(
 @pytest.mark.parametrize(("n", "d"), [(10, 30), (100, 30)])
 def test_null_space_share_equals_the_projection(n: int, d: int) -> None:
     x = planted(n, d, 0)[0].states
-    sigma = Moments.of(x).scatter / n
+    sigma = Moments.of(x).scatter / float(n)
     v = torch.randn(d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     _, values, basis = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     inside = basis[values > 1e-9 * values[0]]
@@ -177,11 +179,11 @@ def test_a_low_precision_gram_matrix_would_lose_the_direction() -> None:
 def test_errors_name_the_remedy() -> None:
     evidence = planted(30, 60, 0)[0]
     with pytest.raises(UserError, match=r"penalty 0 with .* positive penalty"):
-        RidgeMeanDifference(penalty=0).fit(evidence)
+        RidgeMeanDifference(penalty=0.0).fit(evidence)
     with pytest.raises(UserError, match="raise the penalty"):
         ridge_solve(Scatter(full=torch.zeros(3, 3, dtype=torch.float64)), torch.ones(3), 0.0)
     with pytest.raises(UserError, match="at least 0"):
-        RidgeMeanDifference(penalty=-1)
+        RidgeMeanDifference(penalty=-1.0)
     with pytest.raises(UserError, match="positive"):
         ridge_path(torch.ones(60), evidence.complying.scatter, [0.0, 1.0])
     with pytest.raises(UserError, match="only moments were kept"):

@@ -22,7 +22,10 @@ from rsteer_interp.errors import UserError
 
 PACKAGES = ("torch", "transformers", "transformer-lens")
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-"""Largest relative difference that passes, by dtype: a hundred roundings or so."""
+"""Largest relative difference that passes, by dtype, when both backends run the same attention kernel."""
+OTHER_KERNEL = 3.0
+"""What the tolerance is multiplied by when they do not. Measured on Qwen2.5-Coder-0.5B in float32: the bridge (eager) and
+hooks (eager) agree exactly; eager and sdpa are each 4e-6 of the stream away from float64, each in its own way."""
 
 
 class Difference(BaseModel):
@@ -134,7 +137,6 @@ def parity_certificate(
         raise UserError(
             f"no parity at {missing[0] if missing else 'any site'}: {a.name} and {b.name} do not both have it"
         )
-    # Where something was edited, later blocks see the edit; where it was not, nothing is special about the layers.
     layers = (a.n_layers // 3, 2 * a.n_layers // 3)
     edit = _RandomEdit(Site(layers[0]), Site(layers[1]), a.d_model, seed)
     plain = _compare(a, b, rows, new_tokens, common, None)
@@ -165,7 +167,7 @@ def parity_certificate(
         logits_edited=edited.logits,
         greedy_agreement=plain.agreement,
         greedy_agreement_edited=edited.agreement,
-        tolerance=TOLERANCES.get(dtype, 5e-2),
+        tolerance=TOLERANCES.get(dtype, 5e-2) * (1.0 if _attention(a) == _attention(b) else OTHER_KERNEL),
     )
 
 

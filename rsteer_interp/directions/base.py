@@ -53,7 +53,9 @@ class Evidence:
         if len(self.rows) != len(self.confidence):
             raise UserError(f"{len(self.rows)} states but {len(self.confidence)} scores; give one score per state")
         if not bool((self.confidence.abs() <= 1).all()):
-            raise UserError("a refusal score is not in [-1, 1]; refusal confidence runs from -1 (complies) to +1 (refuses)")
+            raise UserError(
+                "a refusal score is not in [-1, 1]; refusal confidence runs from -1 (complies) to +1 (refuses)"
+            )
 
     @classmethod
     def streamed(
@@ -224,15 +226,21 @@ def fit_directions(
     return {site: _fit(estimator, site, seen, names, fingerprint) for site, seen in evidence.items()}
 
 
-def _fit(estimator: DirectionEstimator, site: Site, seen: Evidence, sets: tuple[str, ...], fingerprint: str) -> Direction:
+def _fit(
+    estimator: DirectionEstimator, site: Site, seen: Evidence, sets: tuple[str, ...], fingerprint: str
+) -> Direction:
     check(seen, site)
     vector = estimator.fit(seen)
     if vector.shape != (seen.d,):
-        raise UserError(f"estimator '{estimator.name}' gave shape {tuple(vector.shape)} at {site}; it must return ({seen.d},)")
+        raise UserError(
+            f"estimator '{estimator.name}' gave shape {tuple(vector.shape)} at {site}; it must return ({seen.d},)"
+        )
     stored = vector.detach().float()
     norm = float(stored.double().norm())
     if not 0 < norm < float("inf"):
-        raise UserError(f"estimator '{estimator.name}' gave a vector of length {norm} at {site}; do the classes differ there?")
+        raise UserError(
+            f"estimator '{estimator.name}' gave a vector of length {norm} at {site}; do the classes differ there?"
+        )
     diagnose = getattr(estimator, "diagnose", None)
     return Direction(
         stored,
@@ -251,13 +259,17 @@ def _fit(estimator: DirectionEstimator, site: Site, seen: Evidence, sets: tuple[
 def check(evidence: Evidence, site: Site) -> None:
     """UserError when a class is empty or a statistic is not finite; names the class, its n and the remedy."""
     band = evidence.neutral_band
-    for name, moments, sign in (("refusing", evidence.refusing, ">"), ("complying", evidence.complying, "< -")):
+    for name, moments, sign in (("refusing", evidence.refusing, "> "), ("complying", evidence.complying, "< -")):
         if moments.count == 0:
             raise UserError(
-                f"no {name} prompts (n = 0 with score {sign} {band:g}) at {site}; "
+                f"no {name} prompts (n = 0 with score {sign}{band:g}) at {site}; "
                 f"add prompts that the model {'refuses' if name == 'refusing' else 'answers'}, or lower the neutral band"
             )
-    for name, moments in (("refusing", evidence.refusing), ("complying", evidence.complying), ("neutral", evidence.neutral)):
+    for name, moments in (
+        ("refusing", evidence.refusing),
+        ("complying", evidence.complying),
+        ("neutral", evidence.neutral),
+    ):
         total = float(moments.mean.abs().sum()) + moments.scatter.trace
         if not total < float("inf"):
             raise UserError(

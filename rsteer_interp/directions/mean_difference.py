@@ -42,6 +42,8 @@ class WeightedMeanDifference:
 
 def _unit(vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     if not bool(vector.norm() > 0):
-        raise UserError("a class mean lies on the neutral mean, so it has no direction; use WMD with form 'plain', or MD")
+        raise UserError(
+            "a class mean lies on the neutral mean, so it has no direction; use WMD with form 'plain', or MD"
+        )
     unit: Tensor = vector / vector.norm()
     return unit

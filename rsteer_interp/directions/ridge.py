@@ -109,7 +109,9 @@ def ridge_solve(sigma: Scatter, delta: Float[Tensor, " d"], penalty: float) -> F
         inner = torch.cholesky_solve((z @ delta)[:, None], _cholesky(z @ z.T, penalty))[:, 0]
         return (delta - z.T @ inner).div(penalty)
     if sigma.rows is not None and len(sigma.rows) < sigma.d:
-        raise UserError(f"ridge penalty 0 with {len(sigma.rows) + 1} states in {sigma.d} dimensions; give a positive penalty")
+        raise UserError(
+            f"ridge penalty 0 with {len(sigma.rows) + 1} states in {sigma.d} dimensions; give a positive penalty"
+        )
     solution: Tensor = torch.cholesky_solve(delta[:, None], _cholesky(sigma.dense, penalty))
     return solution[:, 0]
 

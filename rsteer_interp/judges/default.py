@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rsteer_interp.errors import UserError
 from rsteer_interp.judges.base import UNDECIDED, Verdict
 from rsteer_interp.judges.local import LocalJudge, logit, sigmoid
 from rsteer_interp.judges.pattern import Reading, read, refusal_probability
@@ -45,8 +46,19 @@ class DefaultJudge:
         calibration: tuple[float, float] | None = None,
         on_batch: Callable[[int], None] = lambda n: None,
     ) -> DefaultJudge:
-        """With a backend, its model is asked about unclear replies; `calibration` and `on_batch` are the local judge's."""
-        return cls(None if backend is None else LocalJudge(backend, calibration, on_batch))
+        """With a backend, its model is asked about unclear replies; `calibration` and `on_batch` are the local judge's.
+
+        A model that cannot judge (short context, no tokens for the verdict words) is left out, and `backend.notes` says so.
+        """
+        if backend is None:
+            return cls()
+        local = LocalJudge(backend, calibration, on_batch)
+        try:
+            local.check()
+        except UserError as error:
+            backend.notes.append(f"default judge went by patterns alone: {error}")
+            return cls()
+        return cls(local)
 
     def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         pairs = list(zip(prompts, responses, strict=True))

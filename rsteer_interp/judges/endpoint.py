@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,26 +81,31 @@ class EndpointJudge:
         client = openai.OpenAI(
             base_url=self.base_url, api_key=self._secret(), timeout=self.timeout, max_retries=self.retries
         )
-        with closing(client), ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [(i, pool.submit(self._ask, client, *questions[i][0])) for i in wanted]
-            try:
-                for i, future in futures:
-                    known[keys[i]] = future.result()
-                    self._write_cache(keys[i], known[keys[i]])
-            except openai.OpenAIError as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise UserError(self._complaint(error)) from None
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            asked = {pool.submit(self._ask, client, *questions[i][0]): keys[i] for i in wanted}
+            for future in as_completed(asked):
+                known[asked[future]] = future.result()
+                self._write_cache(asked[future], future.result())
+        except openai.OpenAIError as error:
+            raise UserError(self._complaint(error)) from None
+        finally:  # after an error or an interruption: what waits is not sent any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
         return [known[key] for key in keys]
 
     def _ask(self, client: Any, prompt: str, response: str) -> str:
-        reply = client.chat.completions.create(
-            model=self.model,
-            messages=question(prompt, response),
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
-            max_tokens=self.max_tokens,
-        )
-        return (reply.choices[0].message.content or "") if reply.choices else ""
+        try:
+            reply = client.chat.completions.create(
+                model=self.model,
+                messages=question(prompt, response),
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                max_tokens=self.max_tokens,
+            )
+            return reply.choices[0].message.content or ""
+        except (AttributeError, IndexError, TypeError, ValueError):  # a page of HTML, or other JSON
+            raise UserError(f"{self.base_url} does not answer like an OpenAI-compatible server; correct base_url") from None
 
     def _secret(self) -> str:
         if self.key_variable is None:

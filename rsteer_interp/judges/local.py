@@ -93,6 +93,11 @@ class LocalJudge:
             self.on_batch(len(group))
         return out
 
+    def check(self) -> None:
+        """UserError when this model cannot judge: its tokenizer or its context does not allow it."""
+        self.word_ids()
+        self._rows([("", "")])
+
     def word_ids(self) -> tuple[int, int]:
         """The first token of each verdict word as it stands after `Verdict:`."""
         before = self._ids("Verdict:")
@@ -110,7 +115,8 @@ class LocalJudge:
         if self.calibration is None:
             rows = calibration_rows()
             scores = self.log_odds([(prompt, response) for prompt, response, _ in rows])
-            self.calibration = fit_logistic(scores, [label > 0 for _, _, label in rows])
+            intercept, slope = fit_logistic(scores, [label > 0 for _, _, label in rows])
+            self.calibration = (intercept, slope) if slope > 0 else (0.0, 0.0)  # a model that cannot tell has no say
         return self.calibration
 
     def _ids(self, text: str) -> list[int]:
@@ -128,10 +134,9 @@ class LocalJudge:
             ids = fixed + self._short(prompt, PROMPT_TOKENS) + self._ids("\nReply:") + self._short(response, REPLY_TOKENS)
             ids += self._ids("\nVerdict:")
             rows.append(Tokens(tuple(ids), 0, len(ids), len(ids)))
-        limit = self.backend.max_length
-        longest = max(len(row.ids) for row in rows)
-        if limit is not None and longest > limit:
-            raise UserError(f"the local judge needs {longest} tokens of context and this model has {limit}; choose another judge")
+        limit, needed = self.backend.max_length, len(fixed) + PROMPT_TOKENS + REPLY_TOKENS + 16
+        if limit is not None and needed > limit:
+            raise UserError(f"the local judge needs {needed} tokens of context and this model has {limit}; choose another judge")
         return rows
 
     def _short(self, text: str, n: int) -> list[int]:

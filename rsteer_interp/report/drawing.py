@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from rsteer_interp.command_line import run
+from rsteer_interp.errors import UserError
 from rsteer_interp.report.schema import Reproduced, read_reproduction
 from rsteer_interp.style import Drawing, save_figure
 
@@ -24,6 +28,29 @@ def save_drawing(drawing: Drawing, out: Path, name: str) -> list[Path]:
     return save_figure(
         drawing.figure, out / name, {"title": drawing.title, "caption": drawing.caption, "data": drawing.data}
     )
+
+
+def draw_figures(result_folder: Path | str, out: Path | str, scripts: Path | str) -> list[Path]:
+    """Draw every figure script in the folder `scripts` (one file, one `draw`) from one reading of the result. None for
+    a model that does not refuse; a script that finds nothing to draw says so in one line and is passed over."""
+    result = read_reproduction(result_folder)
+    written: list[Path] = []
+    for script in sorted(Path(scripts).glob("[!_]*.py")) if result.data.applicable else ():
+        try:
+            written += save_drawing(_load(script).draw(result), Path(out), script.stem)
+        except UserError as error:
+            print(f"figure {script.stem}: {error}", file=sys.stderr)
+    return written
+
+
+def _load(script: Path) -> Any:
+    name = f"_figure_{script.stem}"
+    spec = spec_from_file_location(name, script)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
 
 
 def figure_main(

@@ -187,7 +187,7 @@ def _limits(data: Reproduction) -> list[str]:
         "layers come from one sample of prompts; how much they vary with it is not shown here.",
         "Correlation by layer says where refusal can be read, not where it is caused.",
         "Refused and answered prompts differ in topic between the sets; the comparisons within sets are the fair ones.",
-        "A reply is one judge's verdict; see its agreement with labels above.",
+        "Whether a reply refuses is one judge's verdict on one greedy reply.",
     ]
     base = data.base
     if data.applicable and base is not None and HARMFUL in base.rates and base.rates[HARMFUL].low < 0.5:

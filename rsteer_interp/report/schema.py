@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -139,7 +139,7 @@ class Pca(_Part):
 
 
 class Configuration(_Part):
-    """One steering configuration tried on the select split."""
+    """One steering configuration tried on the select split; refusal there is log-odds above 0, nothing is generated."""
 
     method: str | None = None
     k: int | None = None
@@ -149,7 +149,8 @@ class Configuration(_Part):
     political: Rate
     harmful: Rate
     answer_shift: float | None = None
-    meets_target: bool = False
+    meets_target: bool | None = None
+    """None: not recorded."""
     chosen: bool = False
     null: bool = False
 
@@ -159,7 +160,7 @@ class Configuration(_Part):
 
 
 class Confidence(_Part):
-    """Refusal confidence c(x) of the same prompts before and after steering, in one order."""
+    """Refusal scores of the same prompts before and after steering, in one order."""
 
     before: list[float]
     after: dict[str, list[float]] = Field(default_factory=dict)
@@ -218,6 +219,8 @@ class Reproduction(_Part):
     pca: Pca | None = None
     frontier: list[Configuration] = Field(default_factory=list)
     confidence: dict[str, Confidence] = Field(default_factory=dict)
+    confidence_measure: Literal["log_odds", "confidence"] = "log_odds"
+    """What `confidence` holds: first-token refusal log-odds in nats, or c(x) in [-1, 1]. Above 0 is refusal in both."""
     judges: Judges | None = None
     replies: list[Replies] = Field(default_factory=list)
     seconds: dict[str, float] = Field(default_factory=dict)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.backends import load_backend
 from rsteer_interp.judges import load_judge
+from rsteer_interp.report.drawing import draw_figures
+from rsteer_interp.report.page import write_page
 from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.finder import Screen, chosen_setting, find, random_cloud, steering_for
-from rsteer_interp.reproduction.presets import METHODS, POLITICAL, PRESETS
+from rsteer_interp.reproduction.presets import METHODS, PRESETS
 from rsteer_interp.reproduction.report_split import evaluate
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens, score
 from rsteer_interp.reproduction.summary import print_table, summary
@@ -33,8 +35,8 @@ KIND = "reproduce"
 _INCIDENTAL = {"out", "batch_size", "device_map"}  # settings that change no result
 
 
-def reproduce(config: Config) -> Path:
-    """Run what is missing of the experiment; returns the page's path."""
+def reproduce(config: Config, scripts: Path) -> Path:
+    """Run what is missing of the experiment, draw the figures of the folder `scripts`; returns the page's path."""
     context = _context(config)
     fit, fit_data = score(context, "fit")
     select, _ = score(context, "select")
@@ -45,7 +47,8 @@ def reproduce(config: Config) -> Path:
     else:
         data, tensors = _experiment(context, fit, select, opening_tokens(fit_data), config.target)
     save_result(config.out, KIND, data, tensors, provenance=context.provenance())
-    page = _draw(config.out)
+    draw_figures(config.out, config.out / "figures", scripts)
+    page = write_page(config.out, config.out / "index.html")
     print_table(data, page)
     return page
 
@@ -75,8 +78,7 @@ def _experiment(
     }
     steerings = {m: steering_for(context, vectors[m], chosen_setting(found[m]), tokens) for m in METHODS}
     _save_steerings(context, steerings)
-    strongest = steerings["wrmd"]
-    cloud = random_cloud(context, strongest, _screen(context, select, vectors["wrmd"], tokens))
+    cloud = random_cloud(context, steerings["wrmd"], _screen(context, select, vectors["wrmd"], tokens))
     base = evaluate(context, "base", None, tokens)
     steered = {m: evaluate(context, m, s, tokens) for m, s in steerings.items()}
     layer = best_layer(vectors["wrmd"], context.backend.n_layers)
@@ -111,10 +113,4 @@ def _save_steerings(context: Context, steerings: dict[str, Steering]) -> None:
         steering.save(context.folder / "steering" / method, context.provenance(), {"judge": context.judge.name})
 
 
-def _draw(folder: Path) -> Path:
-    from rsteer_interp.report.page import write_page
-
-    return write_page(folder, folder / "index.html")
-
-
-__all__ = ["KIND", "POLITICAL", "reproduce"]
+__all__ = ["KIND", "reproduce"]

@@ -37,8 +37,16 @@ class Context:
 
     @property
     def sites(self) -> list[Site]:
-        """Every block input, and what the final norm reads."""
-        return [Site(layer) for layer in range(self.backend.n_layers + 1)]
+        """Every block input but the first, and what the final norm reads.
+
+        At the first, the last prompt token is the same embedding for every prompt: nothing can be read there.
+        """
+        return [Site(layer) for layer in range(1, self.backend.n_layers + 1)]
+
+    @cached_property
+    def prompt_sets(self) -> list[PromptSet]:
+        names = {*self.preset.fit, *self.preset.select, *self.preset.report, "conversations"}
+        return [load_prompts(name) for name in sorted(names)]
 
     def prompts(self, split: Split, counts: Mapping[str, int]) -> list[Prompt]:
         """Sampled prompts of one split, set after set."""
@@ -58,7 +66,7 @@ class Context:
         return [self.template.encode(p.prompt, p.answer) for p in prompts]
 
     def provenance(self) -> Provenance:
-        return Provenance.collect(self.backend, config=dict(self.settings), seeds=self.seed, template=self.template)
+        return Provenance.collect(self.backend, config=dict(self.settings), seeds=self.seed, template=self.template, prompt_sets=self.prompt_sets)
 
     def stage(
         self, name: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Mapping[str, Tensor] | None]]

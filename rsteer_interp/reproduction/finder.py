@@ -124,18 +124,18 @@ def find(
 
 
 def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[dict[str, Any]]:
-    """Random unit vectors in place of the reference's directions, with the same amounts at the same sites."""
+    """The unsteered point, then random unit vectors in place of the reference's directions: same amounts, same sites."""
 
     def compute() -> tuple[dict[str, Any], None]:
-        points = []
+        base = _point(screen, screen.base_odds, screen.odds(screen.harmful, None))
+        points = [{"method": "base", "null": False, "removal": 0.0, **base}]
         with progress("random directions", NULL_DRAWS) as advance:
             for draw in range(NULL_DRAWS):
                 units = random_unit_vectors(len(reference.sites), context.backend.d_model, context.seed + draw).float()
                 edit = Steering(**{**vars(reference), "directions": units, "reposition": False}).edit()
                 odds = screen.odds(screen.political, edit)
-                points.append(
-                    {"removal": screen.removal(odds), **_point(screen, odds, screen.odds(screen.harmful, edit))}
-                )
+                rates = _point(screen, odds, screen.odds(screen.harmful, edit))
+                points.append({"method": "random", "null": True, "removal": screen.removal(odds), **rates})
                 advance(1)
         return {"points": points}, None
 

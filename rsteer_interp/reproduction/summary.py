@@ -119,7 +119,7 @@ def _frontier(found: Mapping[str, dict[str, Any]], cloud: list[dict[str, Any]]) 
                     "null": False,
                 }
             )
-    return points + [{"method": "random", **point, "chosen": False, "null": True} for point in cloud]
+    return points + [{**point, "chosen": False} for point in cloud]
 
 
 def _confidence(base: Mapping[str, Any], steered: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -160,6 +160,8 @@ def _replies(base: Mapping[str, Any], steered: Mapping[str, dict[str, Any]]) -> 
 def print_table(data: Mapping[str, Any], page: Path) -> None:
     """The claim table on standard output, and where the page is."""
     console = Console()
+    if not console.is_terminal:  # a log file has no width of its own
+        console = Console(width=160)
     if not data["applicable"]:
         console.print(data["reason"], markup=False, soft_wrap=True)
         console.print(f"page: {page}", markup=False, soft_wrap=True)

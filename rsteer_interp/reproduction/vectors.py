@@ -34,7 +34,7 @@ class Vectors:
     method: str
     directions: dict[Site, Float[Tensor, " d"]]
     references: dict[Site, Float[Tensor, " d"]]
-    scores: list[LayerScore]
+    scores: dict[int, LayerScore]  # by layer
     scales: dict[Site, tuple[float, float]]
 
     def top(self, k: int, n_layers: int) -> list[Site]:
@@ -73,13 +73,13 @@ def fit_vectors(
         )
         directions = {site: d.unit for site, d in found.items()}
         references = {site: d.offset for site, d in found.items()}
-        partial = Vectors(method, directions, references, [], {})
+        partial = Vectors(method, directions, references, {}, {})
         p = projections(partial, select_states)
         out[method] = Vectors(
             method,
             directions,
             references,
-            [layer_score(p[:, i], select.confidence) for i in range(p.shape[1])],
+            {s.layer: layer_score(p[:, i], select.confidence) for i, s in enumerate(context.sites)},
             {site: scales(p[:, i], select.confidence) for i, site in enumerate(context.sites)},
         )
     return out
@@ -97,8 +97,8 @@ def layer_report(
     return {
         "layers": [site.layer for site in context.sites],
         "r": list(null.r),
-        "rmse": [s.rmse for s in vectors.scores],
-        "score": [s.score for s in vectors.scores],
+        "rmse": [s.rmse for s in vectors.scores.values()],
+        "score": [s.score for s in vectors.scores.values()],
         "excluded": [site.layer for site in context.sites if site.layer not in steerable],
         "within_set_r": list(within.r),
         "null_low": list(null.low),

@@ -1,0 +1,65 @@
+"""Agreement: hand-worked tables, coverage of the AUC interval, cases without a defined value."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from rsteer_interp.agreement import Agreement, auc_estimate
+from rsteer_interp.errors import UserError
+from rsteer_interp.nulls import Rate
+
+
+def test_a_table_by_hand() -> None:
+    # 20 both, 5 only the judge, 10 only the reference, 15 neither: accuracy 0.7, chance 0.5, kappa 0.4.
+    judge = [True] * 25 + [False] * 25
+    reference = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
+    found = Agreement.of(judge, reference)
+    assert found.accuracy == Rate.from_count(35, 50)
+    assert found.kappa is not None
+    assert found.kappa.value == pytest.approx(0.4)
+    assert found.kappa.low == pytest.approx(0.15, abs=0.04)  # 0.4 - 1.96 times Cohen's standard error 0.13
+    assert found.kappa.high == pytest.approx(0.65, abs=0.04)
+    assert found.auc is None
+    assert found == Agreement.of(torch.tensor(judge), torch.tensor(reference))
+    assert asdict(found)["accuracy"]["n"] == 50
+
+
+def test_auc_at_its_limits() -> None:
+    perfect = auc_estimate([1.0, 2, 3, 4, 5, 6], [False] * 3 + [True] * 3)
+    assert perfect is not None
+    assert (perfect.value, perfect.high) == (1, 1)
+    assert 0.3 < perfect.low < 0.8
+    reversed_ = auc_estimate([6.0, 5, 4, 3, 2, 1], [False] * 3 + [True] * 3)
+    assert reversed_ is not None
+    assert (reversed_.value, reversed_.low) == (0, 0)
+    assert reversed_.high == pytest.approx(1 - perfect.low, abs=1e-6)
+    ties = auc_estimate([1.0] * 6, [False] * 3 + [True] * 3)
+    assert ties is not None
+    assert ties.value == 0.5
+    assert auc_estimate([1.0, 2.0], [True, True]) is None
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+def test_the_auc_interval_covers_the_truth(shift: float) -> None:
+    truth = stats.norm.cdf(shift / np.sqrt(2))
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        y = np.arange(40) < 20
+        found = auc_estimate(rng.normal(size=40) + shift * y, y)
+        assert found is not None
+        covered += found.low <= truth <= found.high
+    assert 180 <= covered <= 200
+
+
+def test_undefined_values_are_none() -> None:
+    same = Agreement.of([True] * 5, [True] * 5, [0.5] * 5)
+    assert (same.kappa, same.auc) == (None, None)
+    assert same.accuracy.rate == 1
+    with pytest.raises(UserError, match="same items"):
+        Agreement.of([True], [True, False])
