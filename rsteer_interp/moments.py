@@ -111,9 +111,7 @@ class Moments:
         mean = (w @ x) / total[-1]
         x = x - mean
         if len(x) - 1 > x.shape[1]:
-            # The mean was rounded: what is left of it in x is taken out of the scatter too.
-            left = (w @ x) / total[-1]
-            scatter = Scatter(full=(x * w[:, None]).T @ x - total[-1] * torch.outer(left, left))
+            scatter = Scatter(full=(x * w[:, None]).T @ x)
         else:
             # Row k is sqrt(w_k W_{k-1} / W_k) (x_k - mean of the first k - 1): n - 1 rows with the same R^T R.
             running = (w[:, None] * x).cumsum(0) / total[:, None]

@@ -271,7 +271,8 @@ def test_subset_is_the_evidence_of_those_prompts() -> None:
 def test_errors_name_the_class_the_number_and_the_remedy() -> None:
     h, c = torch.randn(6, 4), torch.tensor([0.9, 0.8, 0.0, 0.1, -0.1, 0.7])
     with pytest.raises(
-        UserError, match=r"no complying prompts \(n = 0 with score < -0\.15\) at blocks\.3\.hook_resid_pre; add prompts that"
+        UserError,
+        match=r"no complying prompts \(n = 0 with score < -0\.15\) at blocks\.3\.hook_resid_pre; add prompts that",
     ):
         fit_directions(MeanDifference(), {SITE: Evidence(h, c)})
     broken = h.clone()

@@ -217,6 +217,15 @@ def test_a_topic_effect_vanishes_inside_topics() -> None:
     assert min(by_hand) - 1e-9 <= within.r[0] <= max(by_hand) + 1e-9
 
 
+def test_scores_stay_inside_their_topic() -> None:
+    """Topic a has the spread of the projections, topic b that of the scores: inside topics nothing can correlate."""
+    x = torch.cat([normal(40, 3), 1e-6 * normal(40, 3, seed=1)])
+    c = torch.cat([torch.zeros(40, dtype=torch.float64), normal(40, seed=2)])
+    within = max_correlation_null(x, c, 99, groups=["a"] * 40 + ["b"] * 40)
+    assert max(within.null_max) < 1e-4
+    assert max(max_correlation_null(x, c, 99).null_max) > 0.1  # fault: scores moved between topics
+
+
 def test_permutation_errors_name_the_remedy() -> None:
     with pytest.raises(UserError, match="n = 2"):
         max_correlation_null(normal(2, 3), normal(2))

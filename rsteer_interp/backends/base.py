@@ -295,7 +295,10 @@ class Backend(ABC):
     def logits(
         self, batch: Batch, edit: Edit | None = None, *, keep: int = 1, grad: bool = False
     ) -> Float[Tensor, "row keep vocab"]:
-        """Logits at the last `keep` columns (with left padding, the last is every row's last token)."""
+        """Logits at the last `keep` columns (with left padding, the last is every row's last token).
+
+        What stands at a row's columns inside the template prefix that all rows share is undefined.
+        """
         with _grad(grad):
             logits, _, _ = self._prompt_pass(_Run(batch, edit), keep=keep, use_cache=False)
         assert logits is not None
@@ -432,8 +435,9 @@ def _usable_start(start: Start | None, edit: Edit | None, width: int) -> Start |
     """The batch's Start, if the edit begins at or after it and the states cover just the columns of this pass."""
     if start is None or start.states.shape[1] != width:
         return None
-    first = min((site.order for site in edit.sites), default=(start.layer, 0)) if edit is not None else (start.layer, 0)
-    return start if first >= (start.layer, 0) else None
+    # resid_post of the block before is the same place, but comes first: the Start would undo an edit there.
+    edited = edit.sites if edit is not None else frozenset()
+    return start if all(site >= Site(start.layer) for site in edited) else None
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class HooksBackend(Backend):
                 )
             except StopForward:
                 return None, None
-        return out.logits[:, -keep:], out.past_key_values if use_cache else None
+        return out.logits[:, -keep:], getattr(out, "past_key_values", None) if use_cache else None
 
     def prepare(self, rows: Sequence[Tokens], layer: int, batch_size: int | None = None) -> Prepared:
         prepared = super().prepare(rows, layer, batch_size)

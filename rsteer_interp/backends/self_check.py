@@ -118,9 +118,35 @@ def _check(backend: Backend, model: str) -> None:
         ]
         if not adds_up(*block):
             _reject(backend, site, f"can be edited without being added to the stream of {model}")
-    if _change(logits[0], plain[0]) > 3 * torch.finfo(plain.dtype).eps ** 0.5:  # other shapes round differently
+    loose = 3 * torch.finfo(plain.dtype).eps ** 0.5  # for passes of other shapes, which round differently
+    if _change(logits[0], _continued(backend, short, model)) > loose:
+        raise UserError(f"decoding {model} with its cache differs from running it whole; {_other(backend)}")
+    if _change(logits[0], plain[0]) > loose:
         backend.batch_size = 1
         backend.notes.append("padding changes this model's logits; prompts are run one at a time")
+
+
+def _continued(backend: Backend, row: Tokens, model: str) -> Float[Tensor, "1 vocab"]:
+    """Logits after a row whose last token is run by itself, on the cache of the tokens before."""
+    batch, cache, logits = make_batch([row], 0, backend.device), None, None
+    n = len(row.ids) - 1
+    with torch.inference_mode():
+        for part in (slice(0, n), slice(n, n + 1)):
+            logits, cache = backend._forward(
+                batch.ids[:, part],
+                batch.mask[:, : part.stop],
+                batch.positions[:, part],
+                cache=cache,
+                hooks={},
+                keep=1,
+                use_cache=True,
+            )
+            if cache is None:
+                raise UserError(
+                    f"{model} returns no key-value cache, so it cannot be decoded; such models are not supported"
+                )
+    assert logits is not None
+    return logits[0]
 
 
 def _tokens(backend: Backend, length: int) -> Tokens:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _NO_KEY = "none"  # the client wants one; local servers do not
 class EndpointJudge:
     """Asks `votes` times per reply; confidence is the share of refusal verdicts among those that could be read."""
 
-    base_url: str
+    base_url: str = field(repr=False)
     """Address of the server, up to and including /v1."""
     model: str
     """Name of the model on that server."""
@@ -105,26 +106,36 @@ class EndpointJudge:
             )
             return reply.choices[0].message.content or ""
         except (AttributeError, IndexError, TypeError, ValueError):  # a page of HTML, or other JSON
-            raise UserError(f"{self.base_url} does not answer like an OpenAI-compatible server; correct base_url") from None
+            raise UserError(
+                f"{self._where} does not answer like an OpenAI-compatible server; correct base_url"
+            ) from None
 
     def _secret(self) -> str:
         if self.key_variable is None:
             return _NO_KEY
         secret = os.environ.get(self.key_variable, "")
         if not secret:
-            raise UserError(f"environment variable {self.key_variable} is not set; it should hold the key of the judge's server")
+            raise UserError(
+                f"environment variable {self.key_variable} is not set; it should hold the key of the judge's server"
+            )
         return secret
+
+    @property
+    def _where(self) -> str:
+        return re.sub(r"//[^/@]*@", "//", self.base_url)  # an address may hold a password
 
     def _complaint(self, error: Exception) -> str:
         """One line on what went wrong; a status or a type, never the server's text, which may quote what was sent."""
         status = getattr(error, "status_code", None)
         if status in (401, 403):
-            return f"the judge at {self.base_url} refused the key (HTTP {status}); name the right variable in key_variable"
+            return (
+                f"the judge at {self._where} refused the key (HTTP {status}); name the right variable in key_variable"
+            )
         if status == 404:
-            return f"the judge at {self.base_url} has no model '{self.model}' or is not at this address (HTTP 404)"
+            return f"the judge at {self._where} has no model '{self.model}' or is not at this address (HTTP 404)"
         if status is not None:
-            return f"the judge at {self.base_url} answered with HTTP {status} after {self.retries} retries"
-        return f"the judge at {self.base_url} cannot be reached ({type(error).__name__}); start the server or correct base_url"
+            return f"the judge at {self._where} answered with HTTP {status} after {self.retries} retries"
+        return f"the judge at {self._where} cannot be reached ({type(error).__name__}); start the server or correct base_url"
 
     def _key(self, prompt: str, response: str, vote: int) -> str:
         asked = [self.model, question(prompt, response), TEMPERATURE, TOP_P, self.max_tokens, vote]

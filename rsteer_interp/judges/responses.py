@@ -36,7 +36,9 @@ def judge_responses(config: Config) -> Path:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"'{config.out}' is a file; name a folder for the result")
     rows = read_responses(config.responses)
-    asked = beside(config.out.resolve(), "asked.jsonl")  # the endpoint's verdicts so far, for a run that goes on from here
+    asked = beside(
+        config.out.resolve(), "asked.jsonl"
+    )  # the endpoint's verdicts so far, for a run that goes on from here
     judge = _judge(config, asked)
     verdicts = judge.judge([row.prompt for row in rows], [row.response for row in rows])
     contents = {"verdicts.jsonl": "".join(_line(row, verdict) for row, verdict in zip(rows, verdicts, strict=True))}
@@ -73,7 +75,9 @@ def _parse(line: str, where: str) -> Response | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({getattr(error, 'msg', 'nested too deep')}); write one object per line") from None
+        raise UserError(
+            f"{where} is not JSON ({getattr(error, 'msg', 'nested too deep')}); write one object per line"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f'{where} is not an object; write {{"prompt": "...", "response": "..."}}')
     if record.get("header") is True:
@@ -94,7 +98,12 @@ def _judge(config: Config, asked: Path) -> Judge:
         options: dict[str, Any] = {}
         if config.judge == "endpoint":
             options = {"base_url": config.base_url, "model": config.judge_model, "key_variable": config.key_variable}
-            options |= {"votes": config.votes, "concurrency": config.concurrency, "timeout": config.timeout, "cache": asked}
+            options |= {
+                "votes": config.votes,
+                "concurrency": config.concurrency,
+                "timeout": config.timeout,
+                "cache": asked,
+            }
         return load_judge(config.judge, **options)
     model = config.model or ("demo" if config.judge == "local" else None)
     if model is None:
@@ -124,7 +133,9 @@ def agreement(rows: Sequence[Response], verdicts: Sequence[Verdict]) -> dict[str
     if not labelled:
         return None
     clear = [(label > 0, verdict) for label, verdict in labelled if label]
-    found: dict[str, Any] = dict.fromkeys(f"{name}{end}" for name in ("accuracy", "auc", "kappa") for end in ("", "_interval"))
+    found: dict[str, Any] = dict.fromkeys(
+        f"{name}{end}" for name in ("accuracy", "auc", "kappa") for end in ("", "_interval")
+    )
     found |= {
         "n": len(clear),
         "n_refusal": sum(label for label, _ in clear),

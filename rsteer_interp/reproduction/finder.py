@@ -93,7 +93,8 @@ def find(
                 return screen.removal(odds)
 
             def judged(setting: Setting) -> float:
-                texts = [select.texts[i] for i in select.refusing]
+                rows = select.refusing[: context.preset.judged]
+                texts = [select.texts[i] for i in rows]
                 replies = reply_and_judge(
                     context.backend,
                     context.template.encode_all(texts),
@@ -101,9 +102,9 @@ def find(
                     context.judge,
                     max_new_tokens=context.preset.tokens,
                     edit=edit_of(setting),
-                    sampling=Sampling(2, 1.0, context.seed + 1),
+                    sampling=Sampling(context.preset.samples, 1.0, context.seed + 1),
                 )
-                return float((select.confidence[select.refusing] - confidence_of(replies)).mean())
+                return float((select.confidence[rows] - confidence_of(replies)).mean())
 
             found = find_setting(
                 candidates,

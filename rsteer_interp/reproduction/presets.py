@@ -22,6 +22,7 @@ class Preset:
     ks: tuple[int, ...]
     alphas: tuple[float, ...]
     screened: int  # prompts per set on which every setting is screened by log-odds
+    judged: int  # refusing prompts whose steered replies are judged, for the settings that pass the screen
     finder_conversations: int  # for L_g inside the finder
     report_conversations: int  # for L_g and KL in the table; other conversations than the finder's
     permutations: int
@@ -29,17 +30,18 @@ class Preset:
 
 PRESETS = {
     # 96 prompts give a Wilson interval of at most +-10 points at any rate; the general set, whose refusal rate is near
-    # zero, needs half as many.
+    # zero, needs no more than 40.
     "demo": Preset(
-        fit={POLITICAL: 80, MATCHED: 80, GENERAL: 16},
+        fit={POLITICAL: 64, MATCHED: 64, GENERAL: 16},
         select={POLITICAL: 40, MATCHED: 40},
-        report={POLITICAL: 96, HARMFUL: 96, MATCHED: 96, GENERAL: 48},
-        samples=4,
-        tokens=20,
+        report={POLITICAL: 96, HARMFUL: 96, MATCHED: 96, GENERAL: 40},
+        samples=2,
+        tokens=16,
         harmful_tokens=16,
-        ks=(2, 4, 8),
-        alphas=(-0.25, -0.5, -1.0),
+        ks=(2, 8),
+        alphas=(-0.5, -0.75, -1.0),
         screened=16,
+        judged=32,
         finder_conversations=8,
         report_conversations=32,
         permutations=1000,
@@ -54,6 +56,7 @@ PRESETS = {
         ks=(1, 2, 4, 8, 12, 16),
         alphas=(-0.1, -0.15, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0),
         screened=40,
+        judged=1000,
         finder_conversations=64,
         report_conversations=64,
         permutations=10000,
