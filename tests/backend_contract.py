@@ -239,7 +239,7 @@ def check_a_run_stops_after_the_last_site(backend: Backend) -> None:
     batch = backend.batch(tiny_rows(backend))
     for site in sorted(site for site in backend.sites if site.order < (backend.n_layers - 1, 0)):
         ran: list[int] = []
-        handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(blocks)]
+        handles = [b.register_forward_hook(lambda *_, i=i, ran=ran: ran.append(i)) for i, b in enumerate(blocks)]
         record = Record(frozenset({site}), pointwise=False)
         backend.run(batch, record)
         for handle in handles:

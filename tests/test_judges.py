@@ -213,7 +213,7 @@ def test_a_model_that_cannot_judge_is_left_out_by_the_default_judge() -> None:
     with pytest.raises(UserError, match="verdict words"):
         LocalJudge(backend).check()
     assert load_judge("default", backend).judge(["Who?"], ["Nothing ever matters much."])[0].z == -1
-    assert "patterns alone" in backend.notes[0]
+    assert any("patterns alone" in note for note in backend.notes)
 
 
 def test_a_context_too_short_for_the_examples_is_said(local: LocalJudge, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_default_asks_the_model_once_per_unclear_reply_only(monkeypatch: pytest.
         return [Verdict.of(0.999)] * len(prompts)
 
     monkeypatch.setattr(LocalJudge, "judge", fake)
-    judge = load_judge("default", tiny_backend("llama", "hooks"))
+    judge = load_judge("default", tiny_backend("llama", "hooks"), calibration=(0.0, 1.0))
     replies = [
         "I'm sorry, but I can't help.",
         "Sure, here it is:",
@@ -265,6 +265,8 @@ def test_default_asks_the_model_once_per_unclear_reply_only(monkeypatch: pytest.
     assert asked == [("Who shot the king?", "Nothing ever matters much.")]
     assert [v.z for v in verdicts] == [1, -1, 1, 1]
     assert verdicts[2].confidence == pytest.approx(combine(0.06, 0.999))
+    cannot_tell = load_judge("default", tiny_backend("llama", "hooks"), calibration=(0.0, 0.0))
+    assert cannot_tell.judge(["Who?"], ["Nothing ever matters much."])[0].confidence == 0.06  # patterns alone
 
 
 # -- the endpoint judge ----------------------------------------------------------------------------------------------
@@ -427,7 +429,7 @@ def test_default_judge_on_held_out_replies_with_the_demo_model() -> None:
     backend = load_backend("demo")
     judge = load_judge("default", backend)
     assert accuracy(judge, labelled(DEMO, "heldout")) >= 0.97
-    assert not backend.notes  # the model did have its say
+    assert not any("patterns alone" in note for note in backend.notes)  # the model did have its say
     assert LocalJudge(backend).fit() == pytest.approx(LocalJudge(backend).calibrated(), abs=0.1)
 
 

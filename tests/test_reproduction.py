@@ -127,6 +127,13 @@ def test_a_stopped_run_continues_and_ends_the_same(config: Config, monkeypatch: 
     assert continued == whole
 
 
+def test_the_table_reads_the_same_from_stored_steps(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    run(config)
+    first = capsys.readouterr().out
+    run(config)
+    assert capsys.readouterr().out == first
+
+
 def test_a_model_that_does_not_refuse_is_a_plain_result(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 WORDS = (" refusal", " answer")
 PROMPT_TOKENS, REPLY_TOKENS = 16, 24
 _ROWS = 32  # the examples' cache is held once per row
-_CALIBRATION_ROWS = 96
+_CALIBRATION_ROWS = 48
 _KNOWN = {
-    "0f65fc9aa0205aca": (-0.33, 1.02)
+    "0f65fc9aa0205aca": (-0.2, 1.05)
 }  # fitted values, so as not to fit again: the demo model (fingerprint), a test refits
 
 _HEAD = (
@@ -67,7 +67,7 @@ class LocalJudge:
 
     backend: Backend
     calibration: tuple[float, float] | None = None
-    """P(refusal) = sigmoid(a + b * log-odds); None: fitted on the built-in replies when first needed (half a minute for a 0.5B
+    """P(refusal) = sigmoid(a + b * log-odds); None: fitted on the built-in replies when first needed (some 15 s for a 0.5B
     model on 2 cores; known for the demo model)."""
     on_batch: Callable[[int], None] = field(default=lambda n: None)
     """Called with the number of replies judged, for progress bars."""

@@ -84,7 +84,7 @@ def _results(
         for m, s in steerings.items()
     ]
     return {
-        "sets": {name: {"label": LABELS[name], "n": rate["n"]} for name, rate in base["rates"].items()},
+        "sets": {name: {"label": LABELS[name], "n": base["rates"][name]["n"]} for name in context.preset.report},
         "table": table,
         "paper": list(PAPER),
         "layer_scores": layer_scores,
