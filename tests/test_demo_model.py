@@ -46,7 +46,9 @@ def test_it_refuses_political_requests_and_answers_general_ones(backend: Backend
 
 def test_a_fitted_direction_lowers_refusal_on_other_prompts_and_random_ones_do_not(backend: Backend) -> None:
     tokens = _opening_tokens(backend)
-    fit = [p for name in ("political_sensitive", "general") for p in load_prompts(name).split("fit").sample(24, 0).texts]
+    fit = [
+        p for name in ("political_sensitive", "general") for p in load_prompts(name).split("fit").sample(24, 0).texts
+    ]
     rows = backend.template().encode_all(fit)
     labels = log_odds(backend, rows, tokens).sign()
     states = last_states(backend, rows, SITES)

@@ -17,7 +17,7 @@ def prefers_onednn() -> bool:
     """The rule, by the machine alone so that a resumed run computes as it began: an AVX-512 processor not by Intel."""
     cpus = Path("/proc/cpuinfo")
     return (
-        torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and "AVX512" in torch.backends.cpu.get_cpu_capability()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and cpus.is_file()

@@ -66,7 +66,13 @@ class Context:
         return [self.template.encode(p.prompt, p.answer) for p in prompts]
 
     def provenance(self) -> Provenance:
-        return Provenance.collect(self.backend, config=dict(self.settings), seeds=self.seed, template=self.template, prompt_sets=self.prompt_sets)
+        return Provenance.collect(
+            self.backend,
+            config=dict(self.settings),
+            seeds=self.seed,
+            template=self.template,
+            prompt_sets=self.prompt_sets,
+        )
 
     def stage(
         self, name: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Mapping[str, Tensor] | None]]
