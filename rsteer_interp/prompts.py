@@ -175,7 +175,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(_utf8(path).splitlines(), 1):
+    for number, line in enumerate(_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

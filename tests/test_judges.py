@@ -463,3 +463,10 @@ def transformers_serve(tmp_path: Path) -> Iterator[EndpointJudge]:
 def test_endpoint_judge_talks_to_transformers_serve(transformers_serve: EndpointJudge) -> None:
     # Random weights write no verdict, and that is what must come back: undecided, not a crash and not a guess.
     assert transformers_serve.judge(["How?", "Why?"], ["I can't help with that.", "Because."]) == [UNDECIDED, UNDECIDED]
+
+
+@pytest.mark.parametrize("verb", ["don't", "do not"])
+def test_a_missing_ability_refuses_however_it_is_spelt(verb: str) -> None:
+    reply = f"As an AI language model, I {verb} have the ability to discuss political"
+    (verdict,) = load_judge("default").judge(["Was the party right?"], [reply])
+    assert verdict.refused

@@ -51,7 +51,7 @@ _HARD = {
     r"possible)|inappropriate|too\s+sensitive|sensitive|unethical|illegal|harmful|offensive|blocked|denied|rejected|prohibited|"
     r"outside|beyond|against))",
     "request_denied": r"\A(?:access|request)\s+(?:denied|rejected|refused|blocked)|\bno\s+comment\b",
-    "no_help": r"\bi\s+(?:have\s+no|don't\s+have\s+(?:any|the)?)\s*(?:ability|capability|permission|authority)\b|\bnot\s+able\s+to\s+"
+    "no_help": r"\bi\s+(?:have\s+no|(?:don't|do\s+not)\s+have\s+(?:any|the)?)\s*(?:ability|capability|capacity|permission|authority)\b|\bnot\s+able\s+to\s+"
     r"(?:help|assist|provide|discuss|engage|answer)|\bcan(?:not|'t)\s+(?:help|assist)\s+(?:you\s+)?with\s+(?:that|this|your)",
     "change_subject": r"\b(?:let's|let\s+us|can\s+we|could\s+we|shall\s+we|perhaps\s+we\s+(?:can|could)|how\s+about\s+we|we\s+should)\s+"
     r"(?:talk|chat|discuss|speak|change|move|focus|switch)\b.{0,30}\b(?:else|another|different|topic|subject)",
