@@ -13,7 +13,7 @@ from rsteer_interp.backends.base import Backend, Edit, Rows
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.measures import kl_divergence, masked_mean, refusal_log_odds, token_log_probs
 
-ANSWER_ROWS = 8  # rows at once where logits of a whole answer are held: rows x answer x vocabulary x 4 bytes
+ANSWER_ROWS = 4  # rows at once where logits of a whole answer are held: rows x answer x vocabulary x 4 bytes
 
 
 def log_odds(

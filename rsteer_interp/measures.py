@@ -64,6 +64,10 @@ def kl_divergence(
 ) -> Float[Tensor, "row pos"]:
     """KL(base || edited) at each position over the vocabulary, in nats; from log-softmax, no epsilon. Never negative
     but for rounding."""
+    return torch.stack([_kl(p, q) for p, q in zip(base, edited, strict=True)])  # by rows: a vocabulary is wide
+
+
+def _kl(base: Float[Tensor, "pos vocab"], edited: Float[Tensor, "pos vocab"]) -> Float[Tensor, " pos"]:
     log_p, log_q = base.float().log_softmax(-1), edited.float().log_softmax(-1)
     # A token of probability zero under the base adds nothing, also where its log-probability is minus infinity.
     return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
