@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.batch import Batch, ChatTemplate, Start, Tokens, length_groups, make_batch
 from rsteer_interp.errors import UserError
 
@@ -187,6 +188,8 @@ class Backend(ABC):
         self.batch_size = batch_size
         self.notes: list[str] = []  # what this backend could not do and did another way; goes into the run's record
         self.stop_ids = _stop_ids(model, tokenizer)
+        if prefers_onednn() and use_onednn(model):
+            self.notes.append("fp32 linear layers run by oneDNN, which is faster than MKL on this processor")
         self.checkpoint: Any = None  # the Checkpoint it was loaded from, when `load_backend` made it
 
     # -- what a backend supplies ---------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rsteer_interp.backends.base import At, Backend, Prepared, Site, StopForward, adds_up, share_prefix
-from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.batch import Start, Tokens
 from rsteer_interp.errors import UserError
 
@@ -29,8 +28,6 @@ class HooksBackend(Backend):
 
     def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str = "", batch_size: int = 64) -> None:
         super().__init__(model, tokenizer, fingerprint=fingerprint, batch_size=batch_size)
-        if prefers_onednn() and use_onednn(model):
-            self.notes.append("fp32 linear layers run by oneDNN, which is faster than MKL on this processor")
         config = model.config.get_text_config()
         self.n_layers, self.d_model = int(config.num_hidden_layers), int(config.hidden_size)
         self.blocks = find_blocks(model, self.n_layers)
