@@ -284,7 +284,7 @@ def test_parity_on_the_small_demo_model() -> None:
 
 @pytest.mark.demo
 def test_parity_on_the_demo_model() -> None:
-    """With each backend's own attention kernel: sdpa and eager round differently, the logits agree to 1e-5."""
+    """Exact where both run eager attention; with the hooks backend's own kernel, within that kernel's rounding."""
     a, b = load_backend("demo", "hooks"), load_backend("demo", "transformerlens")
     prompts = ["Tell me about Vienna.", "What happened in 1989?", "hi", "How do I bake bread?"]
     rows = a.template().encode_all(prompts)
@@ -294,3 +294,7 @@ def test_parity_on_the_demo_model() -> None:
     certificate = parity_certificate(a, b, rows, new_tokens=4, sites=sites)
     assert certificate.passed, str(certificate)
     assert certificate.logits.relative <= 1e-5
+    a.model.set_attn_implementation("eager")
+    certificate = parity_certificate(a, b, rows, new_tokens=4, sites=sites)
+    assert certificate.passed and certificate.tolerance == 1e-5
+    assert certificate.worst.relative <= 1e-6, str(certificate)
