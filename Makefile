@@ -31,7 +31,7 @@ check: $(VENV)/.ready
 
 # Redraw every figure from stored results; no model is loaded.
 figures: $(VENV)/.ready
-	for f in figures/[a-z]*.py; do $(BIN)/python $$f --result $(OUT) --out $(OUT)/figures || exit; done
+	$(BIN)/python -c 'from rsteer_interp.report.drawing import draw_figures; print(*draw_figures("$(OUT)", "$(OUT)/figures", "figures"), sep="\n")'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

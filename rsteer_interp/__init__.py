@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rsteer_interp.activations import last_states
     from rsteer_interp.backends import load_backend
-    from rsteer_interp.backends.base import At, Backend, Edit, Sampling, Site, compose
+    from rsteer_interp.backends.base import Backend
+    from rsteer_interp.backends.edits import At, Edit, Site, compose
+    from rsteer_interp.backends.sampling import Sampling
     from rsteer_interp.directions import ESTIMATORS, Direction, Evidence, fit_directions
     from rsteer_interp.errors import UserError
     from rsteer_interp.interventions import ablate, add, set_component
@@ -17,18 +19,18 @@ if TYPE_CHECKING:
     from rsteer_interp.steering import load_steering
 
 _WHERE = {
-    "At": "backends.base",
+    "At": "backends.edits",
     "Backend": "backends.base",
     "Direction": "directions",
     "ESTIMATORS": "directions",
-    "Edit": "backends.base",
+    "Edit": "backends.edits",
     "Evidence": "directions",
-    "Sampling": "backends.base",
-    "Site": "backends.base",
+    "Sampling": "backends.sampling",
+    "Site": "backends.edits",
     "UserError": "errors",
     "ablate": "interventions",
     "add": "interventions",
-    "compose": "backends.base",
+    "compose": "backends.edits",
     "fit_directions": "directions",
     "last_states": "activations",
     "load_backend": "backends",

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import At, Backend, Edit, Site, compose
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rsteer_interp.backends import load_backend
-from rsteer_interp.backends.base import Backend, Edit
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Edit
 from rsteer_interp.complete_folder import held, publish
 from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge

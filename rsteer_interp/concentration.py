@@ -48,11 +48,15 @@ def concentration(effects: Float[Tensor, "prompt layer"], n_draws: int = 1000, s
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(n, (n_draws, n), generator=generator)
     counts = torch.zeros(n_draws, n, dtype=torch.float64).scatter_add_(1, draws, torch.ones(n_draws, n).double())
-    resampled = (counts.to(x) @ x / n).clamp(min=0)
-    resampled = resampled[resampled.sum(1) > 0]
+    return of_draws(means, (counts.to(x) @ x / n).clamp(min=0), n)
+
+
+def of_draws(values: Float[Tensor, " layer"], draws: Float[Tensor, "draw layer"], n: int) -> Concentration:
+    """Concentration of nonnegative values per layer, with intervals from their bootstrap draws over n prompts."""
+    kept = draws[draws.sum(1) > 0]
 
     def estimate(statistic: Callable[[Tensor], float]) -> Estimate:
-        return _bias_corrected(statistic(means), [statistic(row) for row in resampled], n)
+        return _bias_corrected(statistic(values), [statistic(row) for row in kept], n)
 
     return Concentration(estimate(participation_ratio), estimate(gini), estimate(peak_depth), estimate(centre_depth))
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import At, Edit, Site
+from rsteer_interp.backends.edits import At, Edit, Site
 from rsteer_interp.errors import UserError
 
 

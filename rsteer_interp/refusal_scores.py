@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, Edit, Sampling
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Edit
+from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.judges.base import UNDECIDED, Judge, Verdict
 from rsteer_interp.measures import refusal_log_odds

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, Edit, Site
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import add, set_component
 from rsteer_interp.results import Provenance, load_result, save_result

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsteer_interp.backends.base import At, Backend, Edit, Sampling, Site, compose
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import At, Edit, Site, compose
+from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import AtPositions, ablate, add

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rsteer_interp.backends as backends
 from rsteer_interp.backends import load_backend
-from rsteer_interp.backends.base import Backend, Sampling, Site
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.backends.parity import ParityCertificate, parity_certificate
+from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.checkpoints import resolve
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import add

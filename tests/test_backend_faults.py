@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rsteer_interp.backends import base
-from rsteer_interp.backends.base import Backend, Compose, Site
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Compose, Site
 from rsteer_interp.backends.self_check import self_check
 from rsteer_interp.errors import UserError
 from tests import backend_contract as contract
@@ -104,7 +105,7 @@ def random_numbers_go_by_place(backend: Any, patch: Patch) -> None:
         generator = torch.Generator().manual_seed(sampling.seed)
         return torch.rand(len(batch) * sampling.n, steps, generator=generator)
 
-    patch.setattr(base, "_uniforms", by_place)
+    patch.setattr(base, "uniform_numbers", by_place)
 
 
 def prefix_is_shared_where_it_must_not_be(backend: Any, patch: Patch) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from rsteer_interp.activations import last_states, mean_norms
 from rsteer_interp.backends import load_backend
-from rsteer_interp.backends.base import Backend, Site
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.directions import Evidence, MeanDifference, fit_directions
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import add

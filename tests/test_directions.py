@@ -11,7 +11,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from rsteer_interp.backends.base import Site
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.directions import (
     ESTIMATORS,
     DirectionEstimator,

@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reproduce_fixture import provenance, reproduction, write_not_applicable, write_reproduction
 
 ROOT = Path(__file__).parents[1]
-FIGURES = sorted(path.stem for path in (ROOT / "figures").glob("*.py") if not path.stem.startswith("_"))
+SCRIPTS = sorted(path.stem for path in (ROOT / "figures").glob("*.py") if not path.stem.startswith("_"))
+# A script that reads another kind of result says so in KIND, and is tested beside the study that writes it.
+FIGURES = [name for name in SCRIPTS if not hasattr(importlib.import_module(f"figures.{name}"), "KIND")]
 
 
 @pytest.fixture(scope="module")

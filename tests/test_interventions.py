@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsteer_interp.backends.base import At, Compose, Edit, Site
+from rsteer_interp.backends.edits import At, Compose, Edit, Site
 from rsteer_interp.batch import Tokens, make_batch
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import Affine, AtPositions, ablate, add, set_component

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rsteer_interp.backends.base import Site
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.directions import DirectionEstimator, fit_directions
 from tests.planted import planted
 

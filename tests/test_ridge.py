@@ -8,7 +8,7 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from rsteer_interp.backends.base import Site
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.directions import (
     Evidence,
     MeanDifference,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rsteer_interp.activations import last_states, mean_norms
-from rsteer_interp.backends.base import Site
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.results import Provenance
 from rsteer_interp.steering import load_steering, make_steering

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rsteer_interp.backends.base import Edit, Site
+from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.evaluation import answer_effects, answer_log_probs, log_odds
 from rsteer_interp.interventions import ablate, add
 from tests.tiny_models import FAMILIES, tiny_backend

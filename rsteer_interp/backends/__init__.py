@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rsteer_interp.backends.base import Backend, Site
+    from rsteer_interp.backends.base import Backend
+    from rsteer_interp.backends.edits import Site
     from rsteer_interp.checkpoints import Checkpoint, LoadedModel
 
 __all__ = ["BackendName", "load_backend"]
@@ -81,7 +82,7 @@ def load_backend(
 
 def _split(sites: Iterable[Site | str]) -> tuple[frozenset[Site], frozenset[str]]:
     """The wanted sites, and the wanted names that only TransformerLens can know (`blocks.0.attn.hook_pattern`)."""
-    from rsteer_interp.backends.base import Site
+    from rsteer_interp.backends.edits import Site
 
     found: set[Site] = set()
     names: set[str] = set()

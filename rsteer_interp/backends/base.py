@@ -1,126 +1,28 @@
-"""Site, At, Edit and Backend: where a model can be read or edited, and the one loop that runs it (seam 1).
+"""Backend: the one loop that runs a model with an edit (seam 1).
 
-Reading is an edit that changes nothing. A backend supplies one primitive, `_forward`, which runs some tokens with
+A backend supplies one primitive, `_forward`, which runs some tokens with
 functions installed at sites; prefix sharing, decoding and sampling are written once, here, on top of it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import total_ordering
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rsteer_interp.backends.edits import At, Edit, Phase, Site
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
+from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
 from rsteer_interp.batch import Batch, ChatTemplate, Start, Tokens, length_groups, make_batch
 from rsteer_interp.errors import UserError
 
-Point = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
-POINTS: tuple[Point, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-Phase = Literal["prefix", "prompt", "decode"]
 T = TypeVar("T")
-
-
-@total_ordering
-@dataclass(frozen=True)
-class Site:
-    """An address in the residual stream, printed with TransformerLens names (`blocks.12.hook_resid_pre`).
-
-    `resid_pre` of block l is the state entering block l; Site(n_layers, "resid_pre") is what the final norm reads.
-    `attn_out` and `mlp_out` are what a block adds to the stream (after a post-norm, where the family has one).
-    """
-
-    layer: int
-    point: Point = "resid_pre"
-
-    def __str__(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.point}"
-
-    def __lt__(self, other: Site) -> bool:
-        # Where two names mean one place, resid_post of the block comes before resid_pre of the next, as o before r.
-        return (self.order, self.point) < (other.order, other.point)
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Position in the computation; `resid_post` of block l comes where `resid_pre` of block l+1 does."""
-        return (self.layer + 1, 0) if self.point == "resid_post" else (self.layer, POINTS.index(self.point))
-
-    @classmethod
-    def parse(cls, text: str) -> Site:
-        match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", text)
-        if match is None or match[2] not in POINTS:
-            raise UserError(
-                f"'{text}' is not a site; write it like blocks.12.hook_resid_pre (points: {', '.join(POINTS)})"
-            )
-        return cls(int(match[1]), match[2])  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class At:
-    """Where and when an edit is called.
-
-    `rows` maps each current row to its row in `batch`; `memory` is a scratch space of this one run, in which a gate
-    can keep what it decided on the prompt (per row of `batch`) for the decoding steps.
-    """
-
-    site: Site
-    phase: Phase
-    step: int  # 0 in the prompt pass, 1, 2, ... while decoding
-    positions: Int[Tensor, "row pos"]
-    mask: Bool[Tensor, "row pos"]
-    rows: Int[Tensor, " row"]
-    batch: Batch
-    memory: dict[Any, Any] = field(default_factory=dict)
-
-
-@runtime_checkable
-class Edit(Protocol):
-    """A change of activations: `edit(x, at)` returns a new tensor, never writes into `x`.
-
-    `pointwise`: the new value at a position depends on the value at that position alone (not on the row, the mask or
-    other positions). Only then may a backend compute a template prefix that all rows share once for all of them.
-    """
-
-    @property
-    def sites(self) -> frozenset[Site]: ...
-
-    @property
-    def pointwise(self) -> bool: ...
-
-    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]: ...
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Temperature sampling, `n` replies per prompt. The uniform numbers of reply k of a prompt depend only on `seed`,
-    the prompt's tokens and k, so neither batch size nor order of the prompts changes a reply (up to float rounding)."""
-
-    n: int = 1
-    temperature: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Replies:
-    """Generated tokens, prompt-major: row `i * n + k` is reply k of prompt i. `lengths` counts the end token too."""
-
-    ids: Int[Tensor, "reply step"]
-    lengths: Int[Tensor, " reply"]
-    log_probs: Float[Tensor, "reply step"]  # of the chosen tokens at temperature 1, in nats; 0 past the end
-    first: Tensor | None = None  # per prompt: what `read` returned for the logits of the first token
-
-    @property
-    def mean_log_prob(self) -> Float[Tensor, " reply"]:
-        """Mean log-probability per generated token, the paper's s_k."""
-        return self.log_probs.double().sum(-1) / self.lengths.clamp(min=1)
 
 
 class StopForward(Exception):
@@ -396,7 +298,7 @@ class Backend(ABC):
         if n > 1:
             logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
             cache.reorder_cache(rows)
-        uniforms = _uniforms(batch, sampling, max_new_tokens).to(device) if sampling else None
+        uniforms = uniform_numbers(batch, sampling, max_new_tokens).to(device) if sampling else None
         positions = batch.lengths[rows]
         replies = torch.arange(len(rows), device=device)  # which reply each current row is
         ids = torch.zeros((len(rows), max_new_tokens), dtype=torch.long, device=device)
@@ -405,7 +307,7 @@ class Backend(ABC):
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
         stop = torch.tensor(sorted(self.stop_ids), device=device)
         for step in range(max_new_tokens):
-            token, log_prob = _choose(logits, uniforms[replies, step] if uniforms is not None else None, sampling)
+            token, log_prob = choose(logits, uniforms[replies, step] if uniforms is not None else None, sampling)
             alive = replies[~done]
             ids[alive, step], log_probs[alive, step] = token[~done], log_prob[~done]
             lengths[alive] += 1
@@ -449,30 +351,6 @@ def _grad(on: bool) -> Iterator[None]:
         yield
 
 
-def _choose(logits: Tensor, uniform: Tensor | None, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
-    """Next token (greedy, or by inverting the cumulative distribution at `uniform`) and its log-prob at temperature 1."""
-    logits = logits.float()
-    if uniform is None or sampling is None:
-        token = logits.argmax(-1)
-    else:
-        cumulative = (logits / sampling.temperature).softmax(-1).cumsum(-1)
-        target = (uniform * cumulative[:, -1])[:, None]
-        token = torch.searchsorted(cumulative, target.contiguous(), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    chosen = logits.gather(-1, token[:, None])[:, 0]
-    return token, chosen - logits.logsumexp(-1)
-
-
-def _uniforms(batch: Batch, sampling: Sampling, steps: int) -> Tensor:
-    """One uniform number per reply and step, from generators seeded by (seed, prompt tokens, reply)."""
-    out = []
-    for row in batch.rows:
-        for k in range(sampling.n):
-            key = f"{sampling.seed}|{k}|{','.join(map(str, row.ids))}".encode()
-            seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
-            out.append(torch.rand(steps, generator=torch.Generator().manual_seed(seed)))
-    return torch.stack(out)
-
-
 def adds_up(before: Tensor, a: Tensor, b: Tensor, after: Tensor) -> bool:
     """Whether before + a + b = after, up to the rounding of two additions at the size of the stream, per coordinate."""
     size = before.abs() + a.abs() + b.abs()
@@ -497,31 +375,3 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         value = getattr(source, "eos_token_id", None)
         found |= {value} if isinstance(value, int) else set(value or ())
     return frozenset(found)
-
-
-@dataclass(frozen=True)
-class Compose:
-    """Edits one after the other, in the given order, at every site they share."""
-
-    edits: tuple[Edit, ...]
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        return frozenset().union(*(edit.sites for edit in self.edits))
-
-    @property
-    def pointwise(self) -> bool:
-        return all(edit.pointwise for edit in self.edits)
-
-    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
-        for edit in self.edits:
-            if at.site in edit.sites:
-                x = edit(x, at)
-        return x
-
-
-def compose(*edits: Edit | None) -> Edit | None:
-    """The edits in order as one edit; None stands for no edit."""
-    real: Iterable[Edit] = [edit for edit in edits if edit is not None]
-    parts = tuple(real)
-    return Compose(parts) if len(parts) > 1 else (parts[0] if parts else None)

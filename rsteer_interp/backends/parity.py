@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from rsteer_interp.backends.base import At, Backend, Edit, Site, compose
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
 

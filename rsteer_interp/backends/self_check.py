@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import POINTS, At, Backend, Site, adds_up, compose
+from rsteer_interp.backends.base import Backend, adds_up
+from rsteer_interp.backends.edits import POINTS, At, Site, compose
 from rsteer_interp.batch import Tokens, make_batch
 from rsteer_interp.errors import UserError
 

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, Site, StopForward, adds_up, share_prefix
+from rsteer_interp.backends.base import Backend, StopForward, adds_up, share_prefix
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rsteer_interp.command_line import run
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.schema import Reproduced, read_reproduction
+from rsteer_interp.report.schema import KIND, read_reproduction
 from rsteer_interp.style import Drawing, save_figure
 
 
@@ -30,14 +30,27 @@ def save_drawing(drawing: Drawing, out: Path, name: str) -> list[Path]:
     )
 
 
+def read(folder: Path | str, kind: str = KIND) -> Any:
+    """What a figure script's `draw` gets: a "reproduce" result typed, any other kind as the Result that is on disk."""
+    from rsteer_interp.results import load_result
+
+    return read_reproduction(folder) if kind == KIND else load_result(folder, kind=kind)
+
+
 def draw_figures(result_folder: Path | str, out: Path | str, scripts: Path | str) -> list[Path]:
-    """Draw every figure script in the folder `scripts` (one file, one `draw`) from one reading of the result. None for
+    """Draw every script of this kind of result (its `KIND`, "reproduce" unless it says so) in the folder `scripts`. None for
     a model that does not refuse; a script that finds nothing to draw says so in one line and is passed over."""
-    result = read_reproduction(result_folder)
+    from rsteer_interp.results import load_result
+
+    stored = load_result(result_folder)
+    result = read(result_folder, stored.kind)
     written: list[Path] = []
-    for script in sorted(Path(scripts).glob("[!_]*.py")) if result.data.applicable else ():
+    for script in sorted(Path(scripts).glob("[!_]*.py")) if stored.data.get("applicable") else ():
+        module = _load(script)
+        if getattr(module, "KIND", KIND) != stored.kind:
+            continue
         try:
-            written += save_drawing(_load(script).draw(result), Path(out), script.stem)
+            written += save_drawing(module.draw(result), Path(out), script.stem)
         except UserError as error:
             print(f"figure {script.stem}: {error}", file=sys.stderr)
     return written
@@ -55,14 +68,15 @@ def _load(script: Path) -> Any:
 
 def figure_main(
     config_type: type[FigureConfig],
-    draw: Callable[[Reproduced], Drawing],
+    draw: Callable[[Any], Drawing],
     name: str,
     argv: Sequence[str] | None = None,
+    kind: str = KIND,
 ) -> int:
-    """Exit code of a figure script."""
+    """Exit code of a figure script that reads results of this kind."""
 
     def draw_and_save(config: FigureConfig) -> None:
-        for path in save_drawing(draw(read_reproduction(config.result)), config.out, name):
+        for path in save_drawing(draw(read(config.result, kind)), config.out, name):
             print(path)
 
     return run(config_type, draw_and_save, argv)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, Site
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.batch import ChatTemplate, Tokens
 from rsteer_interp.judges.base import Judge
 from rsteer_interp.prompts import Prompt, PromptSet, Split, load_prompts
@@ -30,6 +31,7 @@ class Context:
     seed: int
     settings: Mapping[str, Any]  # whatever of the config changes results
     seconds: dict[str, float] = field(default_factory=dict)
+    kind: str = "reproduce"
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -86,6 +88,6 @@ class Context:
             self.seconds[name] = time.perf_counter() - begin
             return {**data, "seconds": self.seconds[name]}, tensors
 
-        result = stage(self.folder / "steps" / name, f"reproduce/{name}", full_key, timed, self.provenance)
+        result = stage(self.folder / "steps" / name, f"{self.kind}/{name}", full_key, timed, self.provenance)
         self.seconds[name] = result.data["seconds"]
         return result

@@ -8,7 +8,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import Edit, Rows, Sampling
+from rsteer_interp.backends.base import Rows
+from rsteer_interp.backends.edits import Edit
+from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.evaluation import answer_log_probs, log_odds
 from rsteer_interp.nulls import Rate, random_unit_vectors
 from rsteer_interp.progress import progress

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from rsteer_interp.backends.base import Sampling
+from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.measures import refusal_tokens
 from rsteer_interp.nulls import Rate
 from rsteer_interp.progress import progress

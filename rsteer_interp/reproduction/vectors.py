@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.activations import last_states
-from rsteer_interp.backends.base import Site
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.directions import ESTIMATORS, Evidence, fit_directions
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import max_correlation_null
