@@ -1,0 +1,159 @@
+"""Study of layers: planted truth for both curves, nulls that stay null, and the whole of it on a tiny random model."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import rsteer_interp.layer_study as study
+from analyses.layer_concentration import Config, run
+from figures import layer_concentration as figure
+from rsteer_interp.backends.edits import Site
+from rsteer_interp.command_line import run as run_command
+from rsteer_interp.evaluation import log_odds
+from rsteer_interp.interventions import ablate, add
+from rsteer_interp.judges.base import Verdict
+from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.reproduction.scores import Scored
+from rsteer_interp.results import load_result
+from tests.tiny_models import save_tiny, tiny_backend, tiny_rows
+
+TOKENS = (5, 9, 30)
+
+
+class FirstWordJudge:
+    """A random model then refuses some prompts and answers others."""
+
+    name = "first word"
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        return [Verdict.of(0.9 if zlib.crc32(text.split(" ")[0].encode()) % 2 else 0.1) for text in responses]
+
+
+class NeverJudge(FirstWordJudge):
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        return [Verdict.of(0.1) for _ in responses]
+
+
+def test_displacing_along_itself_is_ablation_and_the_null_is_as_large() -> None:
+    backend = tiny_backend("llama")
+    rows = tiny_rows(backend)
+    v, u = random_unit_vectors(2, backend.d_model, 0).float()
+    mine = log_odds(backend, rows, TOKENS, study.Displace(Site(2), v, v))
+    torch.testing.assert_close(mine, log_odds(backend, rows, TOKENS, ablate({Site(2): v})), atol=1e-5, rtol=0)
+    x = torch.randn(3, 4, backend.d_model)
+    size = [(study.Displace(Site(2), v, w)(x, None) - x).norm(dim=-1) for w in (v, u)]  # type: ignore[arg-type]
+    torch.testing.assert_close(size[0], size[1])
+
+
+def test_one_site_equals_the_plain_way() -> None:
+    backend = tiny_backend("qwen2")
+    rows = tiny_rows(backend)
+    v, *random = random_unit_vectors(3, backend.d_model, 1).float()
+    got = study.single_site(backend, rows, TOKENS, Site(3), v, torch.stack(random), 0.7)
+    assert got.shape == (2, 3, len(rows))
+    plain = log_odds(backend, rows, TOKENS, add({Site(3): random[1]}, {Site(3): -0.7}))
+    torch.testing.assert_close(got[1, 2], plain, atol=1e-4, rtol=0)
+
+
+def test_the_causal_curve_finds_the_layer_where_the_direction_was_written_in() -> None:
+    """At block 2 the direction is the model's own gradient of the log-odds, elsewhere random."""
+    backend = tiny_backend("llama")
+    rows, planted, step = tiny_rows(backend), 2, 0.05
+    base = log_odds(backend, rows, TOKENS)
+    eye = torch.eye(backend.d_model)
+    slope = [log_odds(backend, rows, TOKENS, add({Site(planted): e}, {Site(planted): step})).mean() for e in eye]
+    gradient = (torch.stack(slope) - base.mean()).float()
+    layers, effects = [1, 2, 3], []
+    for layer in layers:
+        v, *random = random_unit_vectors(9, backend.d_model, layer).float()
+        if layer == planted:
+            v = gradient / gradient.norm()
+        effects.append(base - study.single_site(backend, rows, TOKENS, Site(layer), v, torch.stack(random), 0.3)[1])
+    x = torch.stack(effects, -1)
+    curve = study.causal_curve(x[0], x[1:].mean(1), layers, backend.n_layers)
+    assert curve["peak_layer"] == planted
+    assert study.significant(curve, layers) == [planted]
+    assert curve["rank"][1] == 1
+
+
+def _report(n: int, seed: int) -> Scored:
+    c = torch.randn(n, generator=torch.Generator().manual_seed(seed)).sign().double()
+    return Scored([""] * n, ["a", "b"] * (n // 2), [""] * n, c)
+
+
+def test_the_read_out_finds_a_planted_layer_and_not_a_random_label() -> None:
+    generator = torch.Generator().manual_seed(3)
+    p = torch.randn(80, 6, generator=generator, dtype=torch.float64)
+    select, report = _report(80, 1), _report(80, 2)
+    null = study.read_out(p, select.confidence, p, report, 0, 400)
+    assert null["p_max"] > 0.05
+    assert null["concentration"]["effective_layers"]["n"] == 80
+    planted, chosen = p.clone(), p.clone()
+    planted[:, 3] += 2 * report.confidence
+    chosen[:, 3] += 2 * select.confidence
+    found = study.read_out(chosen, select.confidence, planted, report, 0, 400)
+    assert found["p_max"] < 0.01 and found["within_set_p_max"] < 0.01
+    assert found["chosen_on_select"]["layer"] == 4
+    r = found["chosen_on_select"]["r"]
+    assert r["low"] < r["value"] < r["high"]
+    assert found["concentration"]["peak"]["value"] == pytest.approx(4 / 6)
+    assert found["concentration"]["effective_layers"]["value"] < found["null_effective_layers"]["low"]
+
+
+def test_random_directions_are_rarely_beyond_random() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(200):
+        means = torch.randn(6, 10, generator=generator, dtype=torch.float64)  # six directions, one of them "ours"
+        effect = means[0] + 0.01 * torch.randn(12, 10, generator=generator, dtype=torch.float64)
+        curve = study.causal_curve(effect, means[1:], list(range(1, 11)), 11)
+        hits += bool(study.significant(curve, list(range(1, 11))))
+    assert hits <= 15  # at most 5 % of 200, and half of it on this side
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(study, "load_judge", lambda name, backend: FirstWordJudge())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    sizes = ["--fit", "24", "--select", "20", "--report", "16", "--refusing", "6", "--random", "4"]
+    return ["--model", str(save_tiny("llama", folder)), "--backend", "hooks", "--out", str(tmp_path / "out"), *sizes]
+
+
+def test_the_whole_study_resumes_and_draws(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(Config, run, arguments) == 0
+    first = capsys.readouterr().out
+    data = load_result(tmp_path / "out", kind=study.KIND).data
+    assert data["applicable"], data["reason"]
+    assert data["readout"]["layers"] == [1, 2, 3, 4] and data["causal"]["layers"] == [1, 2, 3]
+    assert data["causal"]["n"] <= 6
+    for edit in study.EDITS:
+        curve = data["causal"][edit]
+        assert all(e["low"] <= e["value"] <= e["high"] for e in curve["effect"])
+        assert all(0 <= p <= q <= 1 for p, q in zip(curve["p"], curve["q"], strict=True))
+    assert {p.suffix for p in (tmp_path / "out" / "figures").iterdir()} == {".pdf", ".png", ".json"}
+    steps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "steps").glob("*/result.json")}
+    assert run_command(Config, run, arguments) == 0
+    assert capsys.readouterr().out == first
+    assert {p: p.stat().st_mtime_ns for p in steps} == steps
+    for out in ("a", "b"):
+        assert figure.main(["--result", str(tmp_path / "out"), "--out", str(tmp_path / out)]) == 0
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_model_that_does_not_refuse_is_a_plain_sentence(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "load_judge", lambda name, backend: NeverJudge())
+    assert run_command(Config, run, arguments) == 0
+    assert "not applicable: base refusal 0%" in capsys.readouterr().out
+    assert not load_result(tmp_path / "out", kind=study.KIND).data["applicable"]
+    assert not (tmp_path / "out" / "figures").exists()
