@@ -62,8 +62,9 @@ def _read_out(axes: Any, read: dict[str, Any]) -> None:
         x, read["null_low"], read["null_high"], color=colour("null"), alpha=0.6, lw=0, label="null, 95 % per layer"
     )
     axes.axhline(read["null_max_q95"], color=colour("neutral"), ls=":", label="null of the maximum, 95 %")
-    axes.fill_between(x, read["low"], read["high"], color=colour("ink"), alpha=0.15, lw=0)
     axes.plot(x, read["r"], color=colour("ink"), label="all prompts")
+    axes.plot(x, read["low"], color=colour("ink"), lw=0.6, label="95 % interval over prompts")
+    axes.plot(x, read["high"], color=colour("ink"), lw=0.6)
     axes.plot(x, read["within_set_r"], color=colour("answering"), ls="--", label="inside prompt sets")
     chosen = read["chosen_on_select"]
     axes.plot(

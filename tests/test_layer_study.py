@@ -17,6 +17,7 @@ from rsteer_interp.command_line import run as run_command
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import ablate, add
 from rsteer_interp.judges.base import Verdict
+from rsteer_interp.layer_curves import causal_curve, read_out, significant
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.results import load_result
@@ -75,9 +76,9 @@ def test_the_causal_curve_finds_the_layer_where_the_direction_was_written_in() -
             v = gradient / gradient.norm()
         effects.append(base - study.single_site(backend, rows, TOKENS, Site(layer), v, torch.stack(random), 0.3)[1])
     x = torch.stack(effects, -1)
-    curve = study.causal_curve(x[0], x[1:].mean(1), layers, backend.n_layers)
+    curve = causal_curve(x[0], x[1:].mean(1), layers, backend.n_layers)
     assert curve["peak_layer"] == planted
-    assert study.significant(curve, layers) == [planted]
+    assert significant(curve, layers) == [planted]
     assert curve["rank"][1] == 1
 
 
@@ -90,13 +91,13 @@ def test_the_read_out_finds_a_planted_layer_and_not_a_random_label() -> None:
     generator = torch.Generator().manual_seed(3)
     p = torch.randn(80, 6, generator=generator, dtype=torch.float64)
     select, report = _report(80, 1), _report(80, 2)
-    null = study.read_out(p, select.confidence, p, report, 0, 400)
+    null = read_out(p, select.confidence, p, report.confidence, report.sets, 0, 400)
     assert null["p_max"] > 0.05
     assert null["concentration"]["effective_layers"]["n"] == 80
     planted, chosen = p.clone(), p.clone()
     planted[:, 3] += 2 * report.confidence
     chosen[:, 3] += 2 * select.confidence
-    found = study.read_out(chosen, select.confidence, planted, report, 0, 400)
+    found = read_out(chosen, select.confidence, planted, report.confidence, report.sets, 0, 400)
     assert found["p_max"] < 0.01 and found["within_set_p_max"] < 0.01
     assert found["chosen_on_select"]["layer"] == 4
     r = found["chosen_on_select"]["r"]
@@ -111,8 +112,8 @@ def test_random_directions_are_rarely_beyond_random() -> None:
     for _ in range(200):
         means = torch.randn(6, 10, generator=generator, dtype=torch.float64)  # six directions, one of them "ours"
         effect = means[0] + 0.01 * torch.randn(12, 10, generator=generator, dtype=torch.float64)
-        curve = study.causal_curve(effect, means[1:], list(range(1, 11)), 11)
-        hits += bool(study.significant(curve, list(range(1, 11))))
+        curve = causal_curve(effect, means[1:], list(range(1, 11)), 11)
+        hits += bool(significant(curve, list(range(1, 11))))
     assert hits <= 15  # at most 5 % of 200, and half of it on this side
 
 
