@@ -30,7 +30,7 @@ class Config:
     """Prompts of each set on which the read-out's layer is chosen."""
     report: int = 48
     """Prompts of each set on which the read-out is reported."""
-    refusing: int = 16
+    refusing: int = 12
     """Refusing report prompts, at most, for the causal curve."""
     random: int = 5
     """Random directions per layer and kind of edit; at least 4."""
