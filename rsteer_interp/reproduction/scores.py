@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from rsteer_interp.backends.sampling import Sampling
@@ -98,10 +97,3 @@ def opening_tokens(data: dict[str, Any]) -> tuple[int, ...]:
     first = [token for group in data["first_tokens"] for token in group]
     refused = [r for group in data["refused"] for r in group]
     return refusal_tokens(first, refused)
-
-
-def log_odds_auc(logits_odds: Float[Tensor, " prompt"], refused: list[bool]) -> float | None:
-    """AUC of the first-token log-odds against judged replies; None when all replies are of one kind."""
-    if len(set(refused)) < 2:
-        return None
-    return float(roc_auc_score(refused, logits_odds.tolist()))
