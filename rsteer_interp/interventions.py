@@ -117,6 +117,25 @@ def set_component(
 
 
 @dataclass(frozen=True, eq=False)
+class Displace:
+    """h' = h - <h, v> u, u and v unit vectors: ablation for u = v, else its equal-norm null, as large at every position."""
+
+    site: Site
+    v: Float[Tensor, " d"]
+    u: Float[Tensor, " d"]
+
+    pointwise = True
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset({self.site})
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        v, u = self.v.to(x.device, torch.float32), self.u.to(x.device, torch.float32)
+        return (x - ((x.float() @ v)[..., None] * u).to(x.dtype)).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class AtPositions:
     """An edit restricted to some positions: the template prefix, the instruction, the suffix, or generated tokens.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +40,10 @@ def test_help_is_light(script: str) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_is_documented(script: str) -> None:
     module = importlib.import_module(f"analyses.{script}")
-    source = (ROOT / "analyses" / f"{script}.py").read_text(encoding="utf-8")
     assert module.__doc__
+    classes = [c for c in module.Config.__mro__ if dataclasses.is_dataclass(c)]
     for field in dataclasses.fields(module.Config):
+        source = inspect.getsource(next(c for c in classes if field.name in c.__annotations__))
         line = source.index(f"\n    {field.name}: ")
         following = source[source.index("\n", line + 1) :].lstrip()
         assert following.startswith('"""'), f"{script}.{field.name} has no documentation"

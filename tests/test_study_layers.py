@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-import rsteer_interp.layer_study as study
+import rsteer_interp.studies.layers as study
 from analyses.layer_concentration import Config, run
 from figures import layer_concentration as figure
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.evaluation import log_odds
-from rsteer_interp.interventions import ablate, add
-from rsteer_interp.judges.base import Verdict
-from rsteer_interp.layer_curves import causal_curve, read_out, significant
+from rsteer_interp.interventions import Displace, ablate, add
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.results import load_result
-from tests.tiny_models import save_tiny, tiny_backend, tiny_rows
+from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
+from tests.study_fixture import study_arguments
+from tests.tiny_models import tiny_backend, tiny_rows
 
 TOKENS = (5, 9, 30)
-
-
-class FirstWordJudge:
-    """A random model then refuses some prompts and answers others."""
-
-    name = "first word"
-
-    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        return [Verdict.of(0.9 if zlib.crc32(text.split(" ")[0].encode()) % 2 else 0.1) for text in responses]
-
-
-class NeverJudge(FirstWordJudge):
-    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        return [Verdict.of(0.1) for _ in responses]
 
 
 def test_displacing_along_itself_is_ablation_and_the_null_is_as_large() -> None:
     backend = tiny_backend("llama")
     rows = tiny_rows(backend)
     v, u = random_unit_vectors(2, backend.d_model, 0).float()
-    mine = log_odds(backend, rows, TOKENS, study.Displace(Site(2), v, v))
+    mine = log_odds(backend, rows, TOKENS, Displace(Site(2), v, v))
     torch.testing.assert_close(mine, log_odds(backend, rows, TOKENS, ablate({Site(2): v})), atol=1e-5, rtol=0)
     x = torch.randn(3, 4, backend.d_model)
-    size = [(study.Displace(Site(2), v, w)(x, None) - x).norm(dim=-1) for w in (v, u)]  # type: ignore[arg-type]
+    size = [(Displace(Site(2), v, w)(x, None) - x).norm(dim=-1) for w in (v, u)]  # type: ignore[arg-type]
     torch.testing.assert_close(size[0], size[1])
 
 
@@ -119,11 +103,7 @@ def test_random_directions_are_rarely_beyond_random() -> None:
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(study, "load_judge", lambda name, backend: FirstWordJudge())
-    folder = tmp_path / "model"
-    folder.mkdir()
-    sizes = ["--fit", "24", "--select", "20", "--report", "16", "--refusing", "6", "--random", "4"]
-    return ["--model", str(save_tiny("llama", folder)), "--backend", "hooks", "--out", str(tmp_path / "out"), *sizes]
+    return [*study_arguments(tmp_path, monkeypatch), "--refusing", "6", "--random", "4"]
 
 
 def test_the_whole_study_resumes_and_draws(
@@ -153,7 +133,7 @@ def test_the_whole_study_resumes_and_draws(
 def test_a_model_that_does_not_refuse_is_a_plain_sentence(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "load_judge", lambda name, backend: NeverJudge())
+    study_arguments(tmp_path, monkeypatch, refuses=False)
     assert run_command(Config, run, arguments) == 0
     assert "not applicable: base refusal 0%" in capsys.readouterr().out
     assert not load_result(tmp_path / "out", kind=study.KIND).data["applicable"]

@@ -1,0 +1,188 @@
+"""Study: in which layers refusal can be read, and in which it is caused; `analyses/layer_concentration.py` is its command line.
+
+Directions come from the fit split, the read-out's layer from select, every number from report. Depth is layer / n_layers,
+so that models of different depth share an axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from torch import Tensor
+
+from rsteer_interp.activations import mean_norms
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Edit, Site
+from rsteer_interp.directions import ESTIMATORS, Evidence, fit_directions
+from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import log_odds
+from rsteer_interp.interventions import Displace, add
+from rsteer_interp.nulls import Estimate, random_unit_vectors
+from rsteer_interp.progress import progress
+from rsteer_interp.prompts import Split
+from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
+from rsteer_interp.reproduction.scores import Scored
+from rsteer_interp.reproduction.vectors import States
+from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
+from rsteer_interp.studies.study import NotApplicable, Study, interval
+
+if TYPE_CHECKING:
+    from analyses.layer_concentration import Config
+
+KIND = "layer_concentration"
+EDITS = ("ablate", "add")
+LEAST = 4  # fewest refusing report prompts for a causal curve
+QUESTION = "In which layers can refusal be read, and in which is it caused?"
+SETS = (POLITICAL, MATCHED)
+_SPLITS: tuple[Split, ...] = ("fit", "select", "report")
+_CAUSAL = ("method", "refusing", "random", "dose", "null", "seed")  # settings on which the causal curve depends
+
+
+def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
+    if config.method not in ESTIMATORS or config.random < 4:
+        raise UserError(f"--method is one of {', '.join(ESTIMATORS)} and --random at least 4")
+    study.check_applicable()
+    fit, select, report = (study.scored(s, *SETS) for s in _SPLITS)
+    if not LEAST <= len(report.refusing) < len(report.texts):
+        raise NotApplicable(f"not applicable: {len(report.refusing)} of {len(report.texts)} report prompts are refused")
+    states = {s: study.states(s, *SETS) for s in _SPLITS}
+    evidence = {site: Evidence(states["fit"][site], fit.confidence, site=site) for site in study.sites}
+    units = {site: d.unit for site, d in fit_directions(ESTIMATORS[config.method](), evidence).items()}
+    read = read_out(
+        _project(units, states["select"]),
+        select.confidence,
+        _project(units, states["report"]),
+        report.confidence,
+        report.sets,
+        config.seed,
+    )
+    texts = [report.texts[i] for i in report.refusing[: config.refusing]]
+    causal = _causal(study, config, units, fit, texts, evidence)
+    data = {
+        "base_rates": study.rates("report", *SETS),
+        "n_fit": fit_counts(fit),
+        "refusal_tokens": [study.backend.tokenizer.decode([t]) for t in study.refusal_tokens],
+        "readout": read,
+        "causal": causal,
+    }
+    return {**data, "finding": finding(data, study.n_layers)}, None
+
+
+def fit_counts(fit: Scored) -> dict[str, int]:
+    z = fit.confidence.sign()
+    return {"refused": int((z > 0).sum()), "answered": int((z < 0).sum()), "undecided": int((z == 0).sum())}
+
+
+def _project(units: dict[Site, Tensor], states: States) -> Float[Tensor, "prompt site"]:
+    return torch.stack([states[site].double() @ v.double() for site, v in units.items()], 1)
+
+
+def _causal(
+    study: Study,
+    config: Config,
+    units: dict[Site, Tensor],
+    fit: Scored,
+    texts: list[str],
+    evidence: dict[Site, Evidence],
+) -> dict[str, Any]:
+    backend, tokens = study.backend, study.refusal_tokens
+    rows, sites = study.template.encode_all(texts), [s for s in units if s.layer < backend.n_layers]
+    key = {name: getattr(config, name) for name in _CAUSAL} | {
+        "prompts": texts,
+        "fit": fit.confidence.tolist(),
+        "tokens": tokens,
+    }
+
+    def base() -> tuple[dict[str, Any], None]:
+        norms = mean_norms(backend, rows, sites)
+        return {"norms": [norms[s] for s in sites], "log_odds": log_odds(backend, rows, tokens).tolist()}, None
+
+    start = study.stage("3_base", key, base).data
+    effects = []
+    with progress("one block input at a time", len(sites)) as advance:
+        for site, norm in zip(sites, start["norms"], strict=True):
+            like = evidence[site].complying if config.null == "covariance" else None
+            random = random_unit_vectors(config.random, backend.d_model, config.seed + site.layer, like).float()
+
+            def compute(site: Site = site, norm: float = norm, random: Tensor = random) -> tuple[dict[str, Any], Any]:
+                odds = single_site(backend, rows, tokens, site, units[site], random, config.dose * norm)
+                return {}, {"log_odds": odds}
+
+            found = study.stage(f"3_layer_{site.layer:02d}", {**key, "tokens": tokens}, compute)
+            effects.append(torch.tensor(start["log_odds"], dtype=torch.float64) - found.tensors["log_odds"].double())
+            advance(1)
+    x = torch.stack(effects, -1)  # edit, direction (ours, random ...), prompt, layer
+    layers = [site.layer for site in sites]
+    return {
+        "layers": layers,
+        "n": len(texts),
+        "n_random": config.random,
+        "dose": config.dose,
+        "null": config.null,
+        "base_log_odds": asdict(Estimate.of(start["log_odds"])),
+        **{edit: causal_curve(x[i, 0], x[i, 1:].mean(1), layers, backend.n_layers) for i, edit in enumerate(EDITS)},
+    }
+
+
+def single_site(
+    backend: Backend, rows: Any, tokens: tuple[int, ...], site: Site, v: Tensor, random: Tensor, amount: float
+) -> Float[Tensor, "edit direction prompt"]:
+    """Log-odds under ablation and under adding -amount, of v and then of every random direction (equal norm)."""
+    prepared = backend.prepare(rows, site.layer)
+    directions = [v, *random]
+    edits: list[list[Edit]] = [
+        [Displace(site, v, u) for u in directions],
+        [add({site: u}, {site: -amount}) for u in directions],
+    ]
+    return torch.stack([torch.stack([log_odds(backend, prepared, tokens, e) for e in kind]) for kind in edits])
+
+
+def finding(data: dict[str, Any], n_layers: int) -> str:
+    """The answer in one paragraph; what is not distinguishable from random is said to be so, with its p."""
+    read, causal = data["readout"], data["causal"]
+    chosen = read["chosen_on_select"]
+    r = chosen["r"]
+    parts = [
+        f"Read-out at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} ({r['low']:.2f} to "
+        f"{r['high']:.2f}, n = {r['n']}), p of the maximum {read['p_max']:.2g}; inside sets p = {read['within_set_p_max']:.2g}."
+    ]
+    for edit, words in (("ablate", "Ablation"), ("add", f"Adding -{causal['dose']:g} |resid|")):
+        curve = causal[edit]
+        hits = significant(curve, causal["layers"])
+        at = curve["at_peak"]
+        size = (
+            f"{at['value']:.2f} nats ({at['low']:.2f} to {at['high']:.2f}, n = {at['n']}) at its best layer, held out"
+        )
+        if not hits:
+            parts.append(
+                f"{words}: {size}; no layer distinguishable from random directions (smallest q = {min(curve['q']):.2g})."
+            )
+            continue
+        spread = curve["concentration"]["effective_layers"]
+        parts.append(
+            f"{words}: {size}; peak at layer {curve['peak_layer']}, {len(hits)} of {len(causal['layers'])} layers beyond random "
+            f"(q <= 0.05), spread over {spread['value']:.1f} ({spread['low']:.1f} to {spread['high']:.1f}) effective layers."
+        )
+    return " ".join(parts)
+
+
+def tables(data: dict[str, Any]) -> list[Table]:
+    """Concentration of the three curves."""
+    causal = data["causal"]
+    table = Table(title=f"Where refusal concentrates, {data['model']['name']} (95 % intervals over prompts)")
+    for column in ("", "n", "effective layers", "under the null", "Gini", "peak depth", "centre depth"):
+        table.add_column(column)
+    for name, curve, n in (
+        ("read-out r²", data["readout"], data["readout"]["n"]),
+        *((edit, causal[edit], causal["n"]) for edit in EDITS),
+    ):
+        found, null = curve["concentration"], curve["null_effective_layers"]
+        under = "" if null is None else f"{null['median']:.1f} ({null['low']:.1f} to {null['high']:.1f})"
+        names = ("effective_layers", "gini", "peak", "centre")
+        cells = [interval(found[k]) for k in names] if found else ["no positive effect", "", "", ""]
+        table.add_row(name, str(n), cells[0], under, *cells[1:])
+    return [table]
