@@ -13,6 +13,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
+from rsteer_interp.pooling import pooled
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,40 @@ def last_states(
         for site, value in states.items():
             if not bool(torch.isfinite(value).all()):
                 raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
+            out[site][group] = value
+        on_batch(len(group))
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class RecordInstruction:
+    """Keeps the mean state over each prompt's instruction tokens, as float32 on CPU."""
+
+    sites: frozenset[Site]
+    states: dict[Site, Float[Tensor, "row d"]] = field(default_factory=dict)
+
+    pointwise = False
+    leaves_prefix = True
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        if at.phase == "prompt":
+            self.states[at.site] = pooled(x, at, "instruction").detach().to("cpu", torch.float32, copy=True)
+        return x
+
+
+def instruction_means(
+    backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site], on_batch: Callable[[int], None] = lambda n: None
+) -> dict[Site, Float[Tensor, "prompt d"]]:
+    """Mean state over every prompt's instruction tokens at the given sites, in the order of the prompts."""
+    out = {site: torch.empty(len(rows), backend.d_model) for site in sites}
+
+    def run(batch: Batch) -> dict[Site, Tensor]:
+        record = RecordInstruction(frozenset(sites))
+        backend.run(batch, record)
+        return record.states
+
+    for group, states in backend.batches(rows, run):
+        for site, value in states.items():
             out[site][group] = value
         on_batch(len(group))
     return out

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.edits import At, Edit, Site
+from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
 from rsteer_interp.errors import UserError
 
 
@@ -136,6 +136,66 @@ class Displace:
 
 
 @dataclass(frozen=True, eq=False)
+class AblateSubspace:
+    """h' = h - s U^T B h with orthonormal rows B and U: ablation of the span of B for U = B and s = 1, the defaults.
+
+    Only the span of B matters then, and one row is directional ablation. Another U of as many rows moves every state s
+    times as far but elsewhere: the null of equal dose (`Displace` is its case of one row).
+    """
+
+    site: Site
+    basis: Float[Tensor, "k d"]
+    into: Float[Tensor, "k d"] | None = None
+    scale: float = 1.0
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    pointwise = True
+
+    def __post_init__(self) -> None:
+        into = self.basis if self.into is None else self.into
+        if into.shape != self.basis.shape:
+            raise UserError(f"bases of shape {tuple(self.basis.shape)} and {tuple(into.shape)} at {self.site}; give equal")
+        for rows in (self.basis.double(), into.double()):
+            off = (rows @ rows.T - torch.eye(len(rows)).to(rows)).abs().amax()
+            if not float(off) < 1e-4:
+                raise UserError(f"the rows of a basis at {self.site} are not orthonormal (off by {float(off):.2g})")
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset({self.site})
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        key = (x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if key not in self._copies:
+            target = self.basis if self.into is None else self.into
+            self._copies[key] = (self.basis.to(*key), self.scale * target.to(*key))
+        basis, into = self._copies[key]
+        return (x - ((x.to(basis.dtype) @ basis.T) @ into).to(x.dtype)).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class OnPrompt:
+    """An edit of the prompt pass alone: generated tokens see it through the keys and values that the prompt left."""
+
+    edit: Edit
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return self.edit.sites
+
+    @property
+    def pointwise(self) -> bool:
+        return self.edit.pointwise
+
+    @property
+    def leaves_prefix(self) -> bool:
+        return leaves_prefix(self.edit)
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        return x if at.phase == "decode" else self.edit(x, at)
+
+
+@dataclass(frozen=True, eq=False)
 class AtPositions:
     """An edit restricted to some positions: the template prefix, the instruction, the suffix, or generated tokens.
 
@@ -159,6 +219,10 @@ class AtPositions:
     @property
     def pointwise(self) -> bool:
         return False  # where a span ends depends on the row
+
+    @property
+    def leaves_prefix(self) -> bool:
+        return "prefix" not in self.spans
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         ends = [at.batch.span_end(name).to(x.device)[at.rows][:, None] for name in ("prefix", "instruction", "prompt")]

@@ -30,6 +30,7 @@ BUILT_IN = (
     "harmless_matched",
     "borderline",
     "general",
+    "taxes",
     "conversations",
 )
 _TEXT_COLUMNS = ("prompt", "Goal", "goal", "question", "instruction", "text")

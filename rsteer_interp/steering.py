@@ -3,6 +3,9 @@
 Refusal Steering (arXiv 2512.16602), section 3.3: at all positions and every decoding step, at each chosen block input,
 
     addition:    h' = h + alpha s v                  reposition:    h' = h - <h - o, v> v + alpha s v
+
+With a gate, only on prompts that meet its condition, and from the end of the template prefix on; with `while_decoding`
+False on the prompt alone, as in AlphaSteer (arXiv 2506.07022).
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from torch import Tensor
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.errors import UserError
-from rsteer_interp.interventions import add, set_component
+from rsteer_interp.gates import Gate, Gated, Score
+from rsteer_interp.interventions import OnPrompt, add, set_component
+from rsteer_interp.pooling import Pooling
 from rsteer_interp.results import Provenance, load_result, save_result
 
 KIND = "steering"
@@ -40,6 +45,8 @@ class Steering:
     reposition: bool
     refusal_tokens: tuple[int, ...] = ()
     fingerprint: str = ""
+    gate: Gate | None = None
+    while_decoding: bool = True
 
     @property
     def k(self) -> int:
@@ -54,9 +61,11 @@ class Steering:
         if self.alpha == 0 and not self.reposition:
             return None
         vectors = dict(zip(self.sites, self.directions, strict=True))
-        if not self.reposition:
-            return add(vectors, self.amounts)
-        return set_component(vectors, dict(zip(self.sites, self.references, strict=True)), self.amounts)
+        references = dict(zip(self.sites, self.references, strict=True))
+        edit = set_component(vectors, references, self.amounts) if self.reposition else add(vectors, self.amounts)
+        if not self.while_decoding:
+            edit = OnPrompt(edit)
+        return edit if self.gate is None else Gated(edit, self.gate)
 
     def dose(self, states: Mapping[Site, Float[Tensor, "prompt d"]]) -> float:
         """Relative dose: mean over sites and prompts of |edit| / |resid|, on unsteered states at those sites."""
@@ -79,9 +88,27 @@ class Steering:
             reposition=self.reposition,
             refusal_tokens=list(self.refusal_tokens),
             fingerprint=self.fingerprint,
+            gate=None if self.gate is None else _StoredGate.of(self.gate),
+            while_decoding=self.while_decoding,
         ).model_dump() | dict(extra or {})
         tensors = {"directions": self.directions.float(), "references": self.references.float()}
+        if self.gate is not None:
+            tensors["gate"] = self.gate.direction.double()
         save_result(folder, KIND, data, tensors, provenance=provenance)
+
+
+class _StoredGate(BaseModel):
+    site: str
+    threshold: float
+    score: Score
+    pooling: Pooling
+
+    @classmethod
+    def of(cls, gate: Gate) -> _StoredGate:
+        return cls(site=str(gate.site), threshold=gate.threshold, score=gate.score, pooling=gate.pooling)
+
+    def gate(self, direction: Float[Tensor, " d"]) -> Gate:
+        return Gate(Site.parse(self.site), direction, self.threshold, self.score, self.pooling)
 
 
 class _Stored(BaseModel):
@@ -94,6 +121,8 @@ class _Stored(BaseModel):
     reposition: bool
     refusal_tokens: list[int]
     fingerprint: str
+    gate: _StoredGate | None = None
+    while_decoding: bool = True
 
 
 def load_steering(folder: Path, backend: Backend | None = None, *, other_model: bool = False) -> Steering:
@@ -111,6 +140,8 @@ def load_steering(folder: Path, backend: Backend | None = None, *, other_model: 
         stored.reposition,
         tuple(stored.refusal_tokens),
         stored.fingerprint,
+        None if stored.gate is None else stored.gate.gate(result.tensor("gate", -1)),
+        stored.while_decoding,
     )
     if backend is not None:
         width = steering.directions.shape[1]
@@ -133,6 +164,8 @@ def make_steering(
     reposition: bool,
     refusal_tokens: Sequence[int] = (),
     fingerprint: str = "",
+    gate: Gate | None = None,
+    while_decoding: bool = True,
 ) -> Steering:
     """The configuration for given sites; s_l is s+ for alpha > 0 and s- for alpha < 0 (the paper's sign rule)."""
     ordered = tuple(sorted(sites))
@@ -146,4 +179,6 @@ def make_steering(
         reposition,
         tuple(refusal_tokens),
         fingerprint,
+        gate,
+        while_decoding,
     )

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rsteer_interp.backends.edits import At, Edit, Phase, Site
+from rsteer_interp.backends.edits import At, Edit, Phase, Site, leaves_prefix
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
 from rsteer_interp.batch import Batch, ChatTemplate, Start, Tokens, length_groups, make_batch
@@ -104,6 +104,11 @@ class Backend(ABC):
     def sites(self) -> frozenset[Site]:
         """Every site that can be read and edited."""
 
+    @property
+    def head_sites(self) -> frozenset[Site]:
+        """The `z` sites, of single heads' outputs, which can be read and edited too; none unless the backend says so."""
+        return frozenset()
+
     @abstractmethod
     def withdraw(self, site: Site) -> None:
         """Offer a block's `attn_out` and `mlp_out` no longer: the self-check found that they are not what they should be."""
@@ -182,7 +187,7 @@ class Backend(ABC):
     # -- running -------------------------------------------------------------------------------------------------
 
     def check_sites(self, edit: Edit | None) -> None:
-        missing = sorted(edit.sites - self.sites) if edit is not None else []
+        missing = sorted(edit.sites - self.sites - self.head_sites) if edit is not None else []
         if missing:
             raise UserError(
                 f"the {self.name} backend has no site {missing[0]} on this model; it has {self._site_summary()}"
@@ -252,8 +257,10 @@ class Backend(ABC):
 
     def _shared_width(self, batch: Batch, edit: Edit | None, keep: int) -> int:
         shared = min(batch.shared_prefix, batch.ids.shape[1] - max(keep, 1))
+        if edit is not None and not edit.pointwise:
+            shared = min(shared, int(batch.span_end("prefix").min())) if leaves_prefix(edit) else 0
         worthwhile = shared >= 4 and len(batch) > 1
-        return shared if worthwhile and (edit is None or edit.pointwise) and self.can_share_prefix else 0
+        return shared if worthwhile and self.can_share_prefix else 0
 
     def _bypass(self, n_blocks: int) -> AbstractContextManager[None]:
         """Leave out the first blocks of the model (only asked for by a backend that prepares a Start)."""

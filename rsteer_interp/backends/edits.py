@@ -13,8 +13,9 @@ from torch import Tensor
 from rsteer_interp.batch import Batch
 from rsteer_interp.errors import UserError
 
-Point = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
-POINTS: tuple[Point, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+Point = Literal["resid_pre", "z", "attn_out", "mlp_out", "resid_post"]
+POINTS: tuple[Point, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # of the stream
+_ORDER: tuple[Point, ...] = ("resid_pre", "z", "attn_out", "mlp_out", "resid_post")
 Phase = Literal["prefix", "prompt", "decode"]
 
 
@@ -25,13 +26,15 @@ class Site:
 
     `resid_pre` of block l is the state entering block l; Site(n_layers, "resid_pre") is what the final norm reads.
     `attn_out` and `mlp_out` are what a block adds to the stream (after a post-norm, where the family has one).
+    `z` is no state of the stream but what a block's heads read out before W_O, (row, pos, head, d_head); only a backend
+    that lists it in `head_sites` has it.
     """
 
     layer: int
     point: Point = "resid_pre"
 
     def __str__(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.point}"
+        return f"blocks.{self.layer}.{'attn.' if self.point == 'z' else ''}hook_{self.point}"
 
     def __lt__(self, other: Site) -> bool:
         # Where two names mean one place, resid_post of the block comes before resid_pre of the next, as o before r.
@@ -40,7 +43,7 @@ class Site:
     @property
     def order(self) -> tuple[int, int]:
         """Position in the computation; `resid_post` of block l comes where `resid_pre` of block l+1 does."""
-        return (self.layer + 1, 0) if self.point == "resid_post" else (self.layer, POINTS.index(self.point))
+        return (self.layer + 1, 0) if self.point == "resid_post" else (self.layer, _ORDER.index(self.point))
 
     @classmethod
     def parse(cls, text: str) -> Site:
@@ -75,7 +78,8 @@ class Edit(Protocol):
     """A change of activations: `edit(x, at)` returns a new tensor, never writes into `x`.
 
     `pointwise`: the new value at a position depends on the value at that position alone (not on the row, the mask or
-    other positions). Only then may a backend compute a template prefix that all rows share once for all of them.
+    other positions). Only then may a backend compute a prefix that all rows share once for all of them; or, up to the end
+    of the template prefix, when the edit has `leaves_prefix = True`: it changes nothing there.
     """
 
     @property
@@ -101,11 +105,20 @@ class Compose:
     def pointwise(self) -> bool:
         return all(edit.pointwise for edit in self.edits)
 
+    @property
+    def leaves_prefix(self) -> bool:
+        return all(edit.pointwise or leaves_prefix(edit) for edit in self.edits)
+
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         for edit in self.edits:
             if at.site in edit.sites:
                 x = edit(x, at)
         return x
+
+
+def leaves_prefix(edit: Edit) -> bool:
+    """Whether the edit says that it changes nothing inside the template prefix."""
+    return bool(getattr(edit, "leaves_prefix", False))
 
 
 def compose(*edits: Edit | None) -> Edit | None:

@@ -2,13 +2,14 @@
 
 The only file that imports transformer_lens, and only when a backend is made. Sites are TransformerLens hook names as
 they are; a block's `attn_out` and `mlp_out` are offered when resid_pre + attn_out + mlp_out = resid_post holds for it.
-Everything else the bridge has (heads, patterns, neurons) is reached through `.bridge` and `.hook_names`.
+Heads come as `z` sites and through `decompose` and `attention`; everything else the bridge has (neurons, ...) through
+`.bridge` and `.hook_names`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from rsteer_interp.backends.base import Backend, StopForward, adds_up, share_prefix
 from rsteer_interp.backends.edits import Site
+from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
+
+_INSIDE = ("z", "attn_out", "mlp_out")  # points between a block's input and its output
 
 
 class TransformerLensBackend(Backend):
@@ -36,6 +40,8 @@ class TransformerLensBackend(Backend):
         self.n_layers, self.d_model = int(config.num_hidden_layers), int(config.hidden_size)
         self.bridge = _boot(model, tokenizer)
         self._hooks = self._find_hooks()
+        names = {Site(layer, "z"): str(Site(layer, "z")) for layer in range(self.n_layers)}
+        self._head_hooks = {site: name for site, name in names.items() if name in self.bridge.hook_dict}
         self._full_attention: bool | None = None
 
     @property
@@ -45,6 +51,10 @@ class TransformerLensBackend(Backend):
     @property
     def sites(self) -> frozenset[Site]:
         return frozenset(self._hooks)
+
+    @property
+    def head_sites(self) -> frozenset[Site]:
+        return frozenset(self._head_hooks)
 
     @property
     def hook_names(self) -> frozenset[str]:
@@ -89,7 +99,8 @@ class TransformerLensBackend(Backend):
         def stop(x: Tensor, hook: Any) -> Tensor:
             raise StopForward
 
-        named = [(self._hooks[site], hook(hooks[site])) for site in sorted(hooks)]
+        names = {**self._hooks, **self._head_hooks}
+        named = [(names[site], hook(hooks[site])) for site in sorted(hooks)]
         if keep == 0:
             named.append((self._stop_name(max(hooks)), stop))
         try:
@@ -109,7 +120,57 @@ class TransformerLensBackend(Backend):
 
     def _stop_name(self, last: Site) -> str:
         # After the last wanted site: at the end of its block for a writer, else right there.
-        return f"blocks.{last.layer}.hook_resid_post" if last.point in ("attn_out", "mlp_out") else self._hooks[last]
+        return f"blocks.{last.layer}.hook_resid_post" if last.point in _INSIDE else self._hooks[last]
+
+    # -- what single heads and MLPs do, by TransformerLens's own tools -------------------------------------------------
+
+    def decompose(
+        self, batch: Batch, layer: int, v: Float[Tensor, " d"]
+    ) -> tuple[Float[Tensor, "row component"], list[str]]:
+        """<what each component wrote before block `layer`, v> at the last token, float64, and the components' names.
+
+        By `ActivationCache.get_full_resid_decomposition`: heads (L0H0, ...), MLPs (0_mlp_out, ...), embed, pos_embed,
+        bias. They add up to <resid_pre, v>; UserError where they don't (norms after the heads, layers without heads).
+        """
+        words = f"on {type(self.model).__name__} heads and MLPs do not add up to the stream"
+        if len(self._head_hooks) < self.n_layers:
+            raise UserError(f"{words}: only {len(self._head_hooks)} of {self.n_layers} blocks have heads; use another model")
+        total = f"blocks.{layer - 1}.hook_resid_post"
+        wanted = {f"blocks.{i}.hook_mlp_out" for i in range(layer)} | set(self._head_hooks.values()) | {total}
+        with torch.inference_mode():
+            _, cache = self.bridge.run_with_cache(
+                batch.ids,
+                attention_mask=batch.mask.long(),
+                position_ids=batch.positions,
+                names_filter=lambda name: name in wanted or name in ("hook_embed", "hook_pos_embed"),
+                pos_slice=(-1, None),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+            parts, names = cache.get_full_resid_decomposition(
+                layer=layer, expand_neurons=False, project_output_onto=v.to(self.device, self.model.dtype), return_labels=True
+            )
+            parts = parts[..., 0].T.double().cpu()
+            whole = (cache[total][:, 0].double() @ v.to(self.device).double()).cpu()
+        off = (parts.sum(1) - whole).abs().max() / parts.abs().sum(1).max()
+        if not float(off) < 50 * torch.finfo(self.model.dtype).eps:
+            raise UserError(f"{words} (off by {float(off):.1g} of their size); use a model without norms after its heads")
+        return parts, names
+
+    def attention(self, row: Tokens, heads: Sequence[tuple[int, int]]) -> Float[Tensor, "head pos"]:
+        """Attention of (layer, head) pairs from the last token of one prompt to each of its tokens; rows add up to 1."""
+        batch = self.batch([row])
+        names = {f"blocks.{layer}.attn.hook_pattern" for layer, _ in heads}
+        with torch.inference_mode():
+            _, cache = self.bridge.run_with_cache(
+                batch.ids,
+                attention_mask=batch.mask.long(),
+                position_ids=batch.positions,
+                names_filter=lambda name: name in names,
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        return torch.stack([cache[f"blocks.{layer}.attn.hook_pattern"][0, head, -1].float().cpu() for layer, head in heads])
 
     def _find_hooks(self) -> dict[Site, str]:
         """Hook name of every site, the writers of a block found by arithmetic among its hooks."""

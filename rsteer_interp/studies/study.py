@@ -6,6 +6,7 @@ the answer in one paragraph, with interval, n and null; the HTML page shows it b
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,7 +33,7 @@ from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Prompt, Split, load_prompts
 from rsteer_interp.refusal_scores import REFUSES_ABOVE, confidence_of, reply_and_judge
 from rsteer_interp.report.drawing import draw_figures
-from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
+from rsteer_interp.reproduction.presets import GENERAL, HARMFUL, MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens
 from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.results import Provenance, Result, save_result, stage
@@ -43,6 +45,15 @@ Tensors = Mapping[str, Tensor] | None
 
 class NotApplicable(Exception):
     """The question cannot be asked of this model; the message says why, with the rate that shows it."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseReplies:
+    """Prompts, whether their unsteered greedy reply refuses, and its mean log-probability per token (nats)."""
+
+    texts: list[str]
+    refused: Bool[Tensor, " prompt"]
+    log_prob: Float[Tensor, " prompt"]
 
 
 class Module(Protocol[C]):
@@ -113,6 +124,13 @@ class Study(Generic[C]):
             ),
         )
 
+    def replies(self, split: Split, name: str, n: int | None = None) -> BaseReplies:
+        """What was measured of the unsteered replies to the same prompts."""
+        found = self._score(split, name)
+        refused = torch.tensor([group[0] for group in found["refused"]][:n])
+        log_prob = torch.tensor(found["mean_log_prob"][:n], dtype=torch.float64)
+        return BaseReplies(found["prompts"][:n], refused, log_prob)
+
     def states(self, split: Split, *sets: str, n: int | None = None) -> States:
         """Last-prompt-token states of the same prompts, in the same order, at every site."""
         parts = [self._states(split, name) for name in sets]
@@ -126,9 +144,9 @@ class Study(Generic[C]):
 
     @cached_property
     def refusal_tokens(self) -> tuple[int, ...]:
-        """Tokens that open refusals, from the fit replies to political prompts. NotApplicable where there are none."""
+        """Tokens that open refusals, from the fit replies of sets with many and with few. NotApplicable where there are none."""
         self.check_applicable()
-        parts = [self._score("fit", name) for name in (POLITICAL, MATCHED)]
+        parts = [self._score("fit", name) for name in (POLITICAL, MATCHED, HARMFUL, GENERAL)]
         try:
             return opening_tokens({k: [x for p in parts for x in p[k]] for k in ("first_tokens", "refused")})
         except UserError as error:
@@ -160,10 +178,12 @@ class Study(Generic[C]):
                 "confidence": confidence_of(replies).tolist(),
                 "first_tokens": [[r.first_token for r in group] for group in replies],
                 "refused": [[r.verdict.refused for r in group] for group in replies],
+                "mean_log_prob": [group[0].mean_log_prob for group in replies],
+                "n_tokens": [group[0].n_tokens for group in replies],
             }, None
 
-        key = {"prompts": texts, "tokens": self.config.tokens, "judge": self.judge.name}
-        return self._stage(self.config.scores / f"{split}_{name}", "scores", key, compute).data
+        key = {"prompts": texts, "tokens": self.config.tokens, "judge": self.judge.name, "measures": "log_prob"}
+        return self._stage(self.config.scores / f"{split}_{_place(name)}", "scores", key, compute).data
 
     def _states(self, split: Split, name: str) -> Mapping[str, Tensor]:
         texts = [p.prompt for p in self.prompts(split, name)]
@@ -173,7 +193,9 @@ class Study(Generic[C]):
                 found = last_states(self.backend, self.template.encode_all(texts), self.sites, on_batch=advance)
             return {"n": len(texts)}, {str(site): value for site, value in found.items()}
 
-        return self._stage(self.config.scores / f"{split}_{name}_states", "states", {"prompts": texts}, compute).tensors
+        return self._stage(
+            self.config.scores / f"{split}_{_place(name)}_states", "states", {"prompts": texts}, compute
+        ).tensors
 
     # -- stages and the result -----------------------------------------------------------------------------------
 
@@ -195,12 +217,13 @@ class Study(Generic[C]):
         }
 
         def timed() -> tuple[Any, Tensors]:
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), set(self.seconds)
             data, tensors = compute()
-            return {**data, "seconds": time.perf_counter() - begin}, tensors
+            within = {name: s for name, s in self.seconds.items() if name not in before}  # of the steps inside this one
+            return {**data, "seconds": time.perf_counter() - begin, "within": within}, tensors
 
         result = stage(folder, kind, {**model, **key}, timed, self.provenance)
-        self.seconds[folder.name] = result.data["seconds"]
+        self.seconds |= {**result.data.get("within", {}), folder.name: result.data["seconds"]}
         return result
 
     @property
@@ -249,6 +272,11 @@ def _print(data: dict[str, Any], tables: Sequence[Table]) -> None:
     for table in tables:
         console.print(table)
     console.print(data["finding"] if data["applicable"] else data["reason"], markup=False, soft_wrap=True)
+
+
+def _place(name: str) -> str:
+    """A prompt set's name as a folder's; sets may be files and hub data sets."""
+    return re.sub(r"\W+", "_", name).strip("_")
 
 
 def interval(e: Mapping[str, Any], digits: int = 2) -> str:

@@ -1,0 +1,149 @@
+"""Gates: an edit for the prompts that meet a condition, decided once per prompt; and how a condition is found and judged.
+
+A condition is read from the prompt's tokens at a block input, before the first edited one, in the same forward pass that
+it gates; what it decides holds for the prompt's own tokens and for every decoding step (after CAST, arXiv 2409.05907, with
+a row for each prompt of a batch). The template prefix, which all prompts share, is never edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+
+from rsteer_interp.backends.edits import At, Edit, Site
+from rsteer_interp.directions.ridge import ridge_solve
+from rsteer_interp.errors import UserError
+from rsteer_interp.moments import Moments
+from rsteer_interp.nulls import Estimate
+from rsteer_interp.pooling import Pooling, pooled
+
+Score = Literal["projection", "cosine"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A condition on a prompt's state h at a site; it holds where the score is above the threshold.
+
+    projection: <h, w>, a linear discriminant's score. cosine: |cos(h, w)|, CAST's condition without its tanh (section 3;
+    blind to the sign of w). h is the last prompt token's state or the mean over the instruction's tokens.
+    """
+
+    site: Site
+    direction: Float[Tensor, " d"]
+    threshold: float
+    score: Score = "projection"
+    pooling: Pooling = "last"
+
+    def scores(self, states: Float[Tensor, "row d"]) -> Float[Tensor, " row"]:
+        wide = torch.float64 if states.device.type == "cpu" else torch.float32
+        h, w = states.to(wide), self.direction.to(states.device, wide)
+        along: Tensor = h @ w
+        return along if self.score == "projection" else along.abs() / (h.norm(dim=-1) * w.norm())
+
+    def holds(self, states: Float[Tensor, "row d"]) -> Bool[Tensor, " row"]:
+        return self.scores(states) > self.threshold
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """The edit on the rows for which the gate holds, from the end of the template prefix on; nothing on the others."""
+
+    edit: Edit
+    gate: Gate
+
+    pointwise = False
+    leaves_prefix = True
+
+    def __post_init__(self) -> None:
+        first = min(self.edit.sites)
+        if self.gate.site > first:
+            raise UserError(f"the gate reads {self.gate.site}, after the first edit at {first}; read it before")
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return self.edit.sites | {self.gate.site}
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        if at.phase == "prefix":
+            return x
+        if at.phase == "prompt" and at.site == self.gate.site:
+            at.memory[self] = self.gate.holds(pooled(x, at, self.gate.pooling))
+        if at.site not in self.edit.sites:
+            return x
+        held = at.memory[self].to(x.device)[at.rows]
+        if not bool(held.any()):
+            return x
+        own = at.positions >= at.batch.span_end("prefix").to(x.device)[at.rows][:, None]
+        return torch.where((own & held[:, None])[..., None], self.edit(x, at), x)
+
+
+def discriminant(inside: Sequence[Moments], outside: Sequence[Moments], penalty: float = 0.3) -> Float[Tensor, " d"]:
+    """w = (Sigma + lambda I)^-1 (mean inside - mean outside): regularised linear discriminant of prompt sets.
+
+    Every set counts the same in its side's mean, and Sigma is the covariance within sets, so that what tells apart the sets
+    of one side does not matter. lambda = penalty * tr(Sigma) / d. w is scaled to unit variance within sets.
+    """
+    sets = [*inside, *outside]
+    scatter, weight = sets[0].scatter, sets[0].weight
+    for moments in sets[1:]:
+        scatter, weight = scatter + moments.scatter, weight + moments.weight
+    sigma = scatter / weight
+    delta = torch.stack([m.mean for m in inside]).mean(0) - torch.stack([m.mean for m in outside]).mean(0)
+    w = ridge_solve(sigma, delta, penalty * sigma.trace / sigma.d)
+    spread = sigma.rows @ w if sigma.rows is not None else torch.linalg.cholesky(sigma.dense).T @ w
+    scaled: Tensor = w / spread.norm()
+    return scaled
+
+
+@dataclass(frozen=True)
+class Roc:
+    """Receiver operating characteristic of a condition: rates by threshold (falling), area with bootstrap interval, and
+    the area's null: its 2.5 and 97.5 % quantiles under permuted labels."""
+
+    thresholds: tuple[float, ...]
+    false_rate: tuple[float, ...]
+    true_rate: tuple[float, ...]
+    area: Estimate
+    null: tuple[float, float]
+
+
+def roc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"], *, n_draws: int = 1000, seed: int = 0) -> Roc:
+    """The ROC of scores; the condition should hold for `inside`. Bootstrap within each side."""
+    a, b = inside.double().numpy(), outside.double().numpy()
+    labels, scores = np.r_[np.ones(len(a)), np.zeros(len(b))], np.r_[a, b]
+    false_rate, true_rate, thresholds = roc_curve(labels, scores)
+    rng = np.random.default_rng(seed)
+    draws = [roc_auc_score(labels, np.r_[rng.choice(a, len(a)), rng.choice(b, len(b))]) for _ in range(n_draws)]
+    null = [roc_auc_score(rng.permutation(labels), scores) for _ in range(n_draws)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    area = Estimate(float(roc_auc_score(labels, scores)), float(low), float(high), len(scores))
+    # roc_curve starts at an infinite threshold, at which nothing holds; results hold finite numbers.
+    finite = np.where(np.isfinite(thresholds), thresholds, scores.max() + 1)
+    return Roc(
+        tuple(finite.tolist()),
+        tuple(false_rate.tolist()),
+        tuple(true_rate.tolist()),
+        area,
+        (float(np.quantile(null, 0.025)), float(np.quantile(null, 0.975))),
+    )
+
+
+def balanced_threshold(inside: Float[Tensor, " n"], outside: Mapping[str, Float[Tensor, " m"]]) -> float:
+    """The threshold whose worst error is smallest: the misses among `inside`, the false alarms of each set outside.
+
+    Between two scores every threshold is as good; of the best stretch the middle is taken.
+    """
+    cuts = torch.unique(torch.cat([inside, *outside.values()]).double())
+    middles = torch.cat([cuts[:1] - 1, (cuts[1:] + cuts[:-1]) / 2, cuts[-1:] + 1])
+    miss = (inside.double()[None] <= middles[:, None]).double().mean(1)
+    alarms = [(s.double()[None] > middles[:, None]).double().mean(1) for s in outside.values()]
+    worst = torch.stack([miss, *alarms]).amax(0)
+    best = (worst == worst.min()).nonzero()[:, 0]
+    return float((middles[best[0]] + middles[best[-1]]) / 2)
