@@ -1,11 +1,14 @@
-# Two commands: `make demo` and `make test`. Everything installs into .venv from one lock file.
+# `make demo`, `make studies`, `make test`. Everything installs into .venv from one lock file.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OUT ?= results/reproduce
+RESULTS ?= results
+OUT ?= $(RESULTS)/reproduce
+MODEL ?= demo
+STUDIES := $(shell grep -l '(StudyConfig)' analyses/*.py)
 
-.PHONY: demo test check figures clean
+.PHONY: demo studies page figures test check clean
 
 # The environment is ready when its stamp is newer than the lock; an interrupted install starts over from pip's cache.
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -19,6 +22,23 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: $(VENV)/.ready
 	$(BIN)/python analyses/reproduce.py --out $(OUT)
 
+# Every study of refusal (each analysis whose Config is a StudyConfig), then one page of all results. Each resumes.
+studies: $(VENV)/.ready
+	@for study in $(STUDIES); do \
+		echo "== $$study" && \
+		$(BIN)/python $$study --model $(MODEL) --out $(RESULTS)/$$(basename $$study .py) --scores $(RESULTS)/scores || exit; \
+	done
+	$(MAKE) --no-print-directory page
+
+# One page of every stored result of a model; no model is loaded.
+page: $(VENV)/.ready
+	$(BIN)/python analyses/page.py --results $(RESULTS) --out $(RESULTS)/index.html
+
+# Redraw the figures of every stored result, and the page; no model is loaded.
+figures: $(VENV)/.ready
+	$(BIN)/python -c 'from rsteer_interp.report.drawing import redraw; print(*redraw("$(RESULTS)", "figures"), sep="\n")'
+	$(MAKE) --no-print-directory page
+
 # Lint, types, import contract, and every test, the real demo model's included.
 test: $(VENV)/.ready check
 	$(BIN)/python -m pytest
@@ -28,10 +48,6 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-# Redraw every figure from stored results; no model is loaded.
-figures: $(VENV)/.ready
-	$(BIN)/python -c 'from rsteer_interp.report.drawing import draw_figures; print(*draw_figures("$(OUT)", "$(OUT)/figures", "figures"), sep="\n")'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,7 +1,8 @@
 """In which layers does refusal concentrate? The read-out curve beside the causal curve, each with its null.
 
 1 scores      one judged greedy reply per prompt of the fit, select and report splits; refusal-opening tokens (fit)
-2 read-out    directions fitted on fit; Pearson r of projection and verdict on report, permutation nulls, inside sets
+2 read-out    directions fitted on fit; Pearson r of projection and verdict on report, permutation nulls, inside sets;
+              one curve per estimator
 3 causes      refusal log-odds removed on refusing report prompts by ablating, and by adding minus the direction, at one
               block input at a time, beside random directions of equal norm; false-discovery control over layers
 4 concentration of both over depth, one sentence, one figure
@@ -21,8 +22,8 @@ from rsteer_interp.studies.config import StudyConfig
 class Config(StudyConfig):
     out: Path = Path("results/layer_concentration")
     """Result folder; finished stages in it are reused."""
-    method: str = "md"
-    """Direction estimator: md, wmd, rmd or wrmd."""
+    methods: tuple[str, ...] = ("md",)
+    """Direction estimators, by name (md, wmd, rmd, wrmd, ...). The causal curves are of the first, read-outs of all."""
     refusing: int = 12
     """Refusing report prompts, at most, for the causal curve."""
     random: int = 5

@@ -2,7 +2,7 @@
 
 (a) Pearson r between projection and refusal confidence by layer, beside its label-permutation band, the null of its
 maximum over layers, and r within prompt sets (no difference of topic); (b) coordinates of |v| by size, beside Gaussian
-vectors of the same width; (c) the r of (a) as a heat map; (d) |v| as a grid.
+vectors of the same width; (c) r of every method as a heat map; (d) |v| as a grid.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ def draw(result: Reproduced) -> Drawing:
     density, vector = result.data.density, result.density_vector
     if density is None or vector is None or density.method not in result.data.layer_scores:
         raise result.missing("layer scores and density")
-    scores, name = result.data.layer_scores[density.method], density.method.upper()
+    by_method = {m: result.data.layer_scores[m] for m in result.data.in_order(result.data.layer_scores)}
+    scores, name = by_method[density.method], density.method.upper()
     from matplotlib.figure import Figure
 
     with style():
         figure = Figure(figsize=(DOUBLE, 4.9), layout="constrained")
         left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[1.25, 1]))
-        a, c = left.subplots(2, 1, height_ratios=[9, 1], sharex=True)
+        a, c = left.subplots(2, 1, height_ratios=[14, len(by_method)], sharex=True)
         b, d = right.subplots(2, 1, height_ratios=[1, 1])
         _by_layer(a, scores, name)
-        _strip(left, c, scores)
+        _heat(left, c, by_method)
         _sorted(b, density, name)
         _grid(right, d, density, vector)
     best = int(np.argmax(scores.r))
@@ -49,14 +50,21 @@ def draw(result: Reproduced) -> Drawing:
         "against answered prompts inside each set, where topic cannot help. r is a read-out, not an effect. "
         f"(b) The ten largest coordinates hold {_percent(density.top10_share)} of the sum of |v|; Gaussian vectors of the same "
         f"width hold {_percent(null.mean)} ({_percent(null.low)} to {_percent(null.high)}). Participation ratio "
-        f"{density.participation_ratio:.2f}, Gaussian 0.33. (c) r as a heat map. (d) |v| at layer {density.layer}, "
+        f"{density.participation_ratio:.2f}, Gaussian 0.33. (c) r of every method. (d) |v| at layer {density.layer}, "
         f"{density.grid.rows} x {density.grid.columns} cells in the order of the coordinates; hatched cells are padding."
     )
     return Drawing(
         figure,
         "Where refusal can be read, and how dense its direction is",
         caption,
-        {"layer_scores": scores, "method": density.method, "density": density, "vector": vector, "n": scores.n},
+        {
+            "layer_scores": scores,
+            "r_by_method": {m: s.r for m, s in by_method.items()},
+            "method": density.method,
+            "density": density,
+            "vector": vector,
+            "n": scores.n,
+        },
     )
 
 
@@ -88,13 +96,16 @@ def _by_layer(axes: Any, scores: LayerScores, name: str) -> None:
     axes.set_title(f"(a) Read-out by layer, n = {scores.n}")
 
 
-def _strip(figure: Any, axes: Any, scores: LayerScores) -> None:
-    layers = scores.layers
-    extent = (layers[0] - 0.5, layers[-1] + 0.5, 0, 1)
-    image = axes.imshow([scores.r], aspect="auto", cmap="viridis", extent=extent, vmin=min(0.0, *scores.r))
-    axes.set_yticks([])
+def _heat(figure: Any, axes: Any, by_method: dict[str, LayerScores]) -> None:
+    layers, rows = next(iter(by_method.values())).layers, [scores.r for scores in by_method.values()]
+    extent = (layers[0] - 0.5, layers[-1] + 0.5, len(rows) - 0.5, -0.5)
+    image = axes.imshow(
+        rows, aspect="auto", cmap="viridis", extent=extent, vmin=min(0.0, *(x for r in rows for x in r))
+    )
+    axes.set_yticks(range(len(rows)), [method.upper() for method in by_method])
+    axes.tick_params(axis="y", length=0)
     axes.set_xlabel("layer (state entering the block)")
-    axes.set_title("(c) The same r")
+    axes.set_title("(c) r of every method")
     figure.colorbar(image, ax=axes, orientation="horizontal", aspect=45, pad=0.1, label="Pearson r")
 
 
@@ -115,6 +126,8 @@ def _sorted(axes: Any, density: Density, name: str) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
     axes.tick_params(axis="y", which="minor", labelsize=7)
+    low, high = axes.get_ylim()
+    axes.set_ylim(0.6 * low, high)  # room for the legend
     axes.set_xlabel("coordinate, by size")
     axes.set_ylabel("|v|")
     axes.legend(loc="lower left")

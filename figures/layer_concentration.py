@@ -1,6 +1,7 @@
 """In which layers refusal can be read, and in which it is caused, each with its null, on one depth axis.
 
-(a) Pearson r of projection and verdict by layer, with its interval, the permutation null and r inside prompt sets;
+(a) Pearson r of projection and verdict by layer, with its interval, the permutation null and r inside prompt sets, and a
+line for each further estimator of the study;
 (b) refusal log-odds removed by ablating at one block input, (c) by adding minus the direction at matched relative dose, beside random
 directions of equal norm; filled markers are beyond them at a false-discovery rate of 5 %.
 """
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.report.drawing import FigureConfig, figure_main
-from rsteer_interp.style import DOUBLE, Drawing, colour, style
+from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
 
 if TYPE_CHECKING:
     from rsteer_interp.results import Result
@@ -31,41 +32,55 @@ def draw(result: Result) -> Drawing:
     data = result.data
     if not data.get("applicable"):
         raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
-    if "readout" not in data or "causal" not in data:
+    if "readouts" not in data or "causal" not in data:
         raise UserError(f"'{result.folder}' holds no curves; run analyses/layer_concentration.py again")
-    read, causal, n_layers = data["readout"], data["causal"], data["model"]["n_layers"]
+    methods, causal, n_layers = data["methods"], data["causal"], data["model"]["n_layers"]
+    read = data["readouts"][methods[0]]
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with style():
         figure = Figure(figsize=(DOUBLE, 5.6), layout="constrained")
         a, b, c = figure.subplots(3, 1, sharex=True)
-        _read_out(a, read)
-        _causes(b, causal, "ablate", "(b) Ablating the direction at one block input")
-        _causes(c, causal, "add", f"(c) Adding minus the direction, {causal['dose']:g} of |resid|")
+        _read_out(a, methods, data["readouts"])
+        first = methods[0].upper()
+        _causes(b, causal, "ablate", f"(b) Ablating {first} at one block input")
+        _causes(c, causal, "add", f"(c) Adding minus {first}, {causal['dose']:g} of |resid|")
         c.set_xlabel("layer (state entering the block)")
+        c.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in (a, b, c):  # ticks that change with the height never settle the layout
+            axes.yaxis.set_major_locator(MaxNLocator(5))
         top = a.secondary_xaxis("top", functions=(lambda x: x / n_layers, lambda x: x * n_layers))
         top.set_xlabel("depth, layer / number of layers")
     return Drawing(
         figure,
         "In which layers refusal concentrates",
-        f"(a) Directions fitted on other prompts; n = {read['n']} report prompts; the shaded band is the 95 % bootstrap interval. "
+        f"(a) Directions fitted on other prompts; n = {read['n']} report prompts; the thin lines are the 95 % bootstrap interval "
+        f"of {first}, and the nulls are its label permutations. "
         f"(b, c) Log-odds of a refusal opening removed on n = {causal['n']} refusing report prompts; bars are 95 % bootstrap "
         f"intervals, the grey band is where one more random direction of equal norm would lie (95 %, {causal['n_random']} directions per "
         f"layer, {causal['null']}). Filled markers: more removed than by random directions at a false-discovery rate of 5 %. {data['finding']}",
-        {"readout": read, "causal": causal, "n": read["n"], "n_layers": n_layers},
+        {"methods": methods, "readouts": data["readouts"], "causal": causal, "n": read["n"], "n_layers": n_layers},
     )
 
 
-def _read_out(axes: Any, read: dict[str, Any]) -> None:
+def _read_out(axes: Any, methods: list[str], readouts: dict[str, Any]) -> None:
+    first, *others = methods
+    read = readouts[first]
     x = read["layers"]
     axes.fill_between(
         x, read["null_low"], read["null_high"], color=colour("null"), alpha=0.6, lw=0, label="null, 95 % per layer"
     )
     axes.axhline(read["null_max_q95"], color=colour("neutral"), ls=":", label="null of the maximum, 95 %")
-    axes.plot(x, read["r"], color=colour("ink"), label="all prompts")
+    axes.plot(x, read["r"], color=colour("ink"), label=f"{first.upper()}, all prompts")
     axes.plot(x, read["low"], color=colour("ink"), lw=0.6, label="95 % interval over prompts")
     axes.plot(x, read["high"], color=colour("ink"), lw=0.6)
-    axes.plot(x, read["within_set_r"], color=colour("answering"), ls="--", label="inside prompt sets")
+    axes.plot(x, read["within_set_r"], color=colour("answering"), ls="--", label=f"{first.upper()}, inside prompt sets")
+    for name in others:
+        curve = readouts[name]["r"]
+        axes.plot(
+            x, curve, marker=marker(name), ms=2.5, lw=0.8, color=colour(name), label=f"{name.upper()}, all prompts"
+        )
     chosen = read["chosen_on_select"]
     axes.plot(
         chosen["layer"], chosen["r"]["value"], "D", mfc="white", mec=colour("ink"), label="chosen on the select split"

@@ -144,7 +144,8 @@ def _save(
     with held(folder, _FILES, write=True) as place:
         _check_replaceable(folder, place, kind)
         publish(folder, place, _FILES, contents)
-    return Result(folder, kind, content["data"], stored, provenance, _digest(contents[_JSON]), key)
+    data = json.loads(contents[_JSON])["data"]  # as reading gives it, names in order, so that a resumed run is no other
+    return Result(folder, kind, data, stored, provenance, _digest(contents[_JSON]), key)
 
 
 def _check_replaceable(folder: Path, place: Path, kind: str) -> None:

@@ -47,7 +47,7 @@ MARKERS = {
     "matched": "s",
     "general": "D",
 }
-_SPARE_COLOURS = ("#0072B2", "#D55E00", "#7A5195", "#5B8C5A", "#A0522D")
+_SPARE_COLOURS = ("#7A5195", "#5B8C5A", "#A0522D", "#B5A300")  # 4 and 5 without a common factor: 20 pairs of both
 _SPARE_MARKERS = ("P", "X", "<", ">", "h")
 
 RC: Any = {

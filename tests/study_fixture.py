@@ -5,10 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import rsteer_interp.studies.study as shared
+from rsteer_interp.judges import JUDGES
 from rsteer_interp.judges.base import Verdict
 from tests.tiny_models import save_tiny
 
@@ -17,6 +18,10 @@ class FirstWordJudge:
     """A random model then refuses some prompts and answers others."""
 
     name = "first word"
+
+    @classmethod
+    def load(cls, backend: Any = None) -> FirstWordJudge:
+        return cls()
 
     def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         return [Verdict.of(0.9 if zlib.crc32(text.split(" ")[0].encode()) % 2 else 0.1) for text in responses]
@@ -29,7 +34,7 @@ class NeverJudge(FirstWordJudge):
 
 def study_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool = True) -> list[str]:
     """Command-line arguments of a study on the tiny model, judged by a stand-in; results go to `tmp_path/out`."""
-    monkeypatch.setattr(shared, "load_judge", lambda name, backend: FirstWordJudge() if refuses else NeverJudge())
+    monkeypatch.setitem(JUDGES, "default", f"{__name__}:{'FirstWordJudge' if refuses else 'NeverJudge'}")
     folder = tmp_path / "model"
     if not folder.exists():
         folder.mkdir()

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import pytest
-from matplotlib.axes import Axes
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import draw_figures
-from rsteer_interp.report.schema import read_reproduction
+from rsteer_interp.report.drawing import draw_figures, redraw
+from rsteer_interp.report.schema import KIND, read_reproduction
 from rsteer_interp.results import save_result
-from rsteer_interp.style import COLOURS, DOUBLE, SINGLE, colour, marker, save_figure, style
+from rsteer_interp.style import COLOURS, SINGLE, colour, marker, save_figure
+from tests.figure_contract import ROOT, check_draws_twice_the_same, check_texts, scripts_of
+from tests.reproduce_fixture import provenance, reproduction, write_not_applicable, write_reproduction
 
-sys.path.insert(0, str(Path(__file__).parent))
-from reproduce_fixture import provenance, reproduction, write_not_applicable, write_reproduction
-
-ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path.stem for path in (ROOT / "figures").glob("*.py") if not path.stem.startswith("_"))
-# A script that reads another kind of result says so in KIND, and is tested beside the study that writes it.
-FIGURES = [name for name in SCRIPTS if not hasattr(importlib.import_module(f"figures.{name}"), "KIND")]
+FIGURES = scripts_of(KIND)  # a script that reads another kind of result is tested with the study that writes it
 
 
 @pytest.fixture(scope="module")
@@ -41,55 +33,13 @@ def test_there_are_figures() -> None:
 def test_a_figure_draws_twice_the_same(
     name: str, result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = importlib.import_module(f"figures.{name}")
-    before = dict(matplotlib.rcParams)
-    for out in ("a", "b"):
-        assert module.main(["--result", str(result), "--out", str(tmp_path / out)]) == 0
-    assert dict(matplotlib.rcParams) == before
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == [f"{name}.json", f"{name}.pdf", f"{name}.png"]
+    check_draws_twice_the_same(name, result, tmp_path)
     assert capsys.readouterr().out.count(name) == 6
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    shown = json.loads((tmp_path / "a" / f"{name}.json").read_text())
-    assert shown["title"] and len(shown["caption"]) > 80
-    text = json.dumps(shown["data"])
-    assert '"null' in text and '"n"' in text, "a figure shows its null and its n"
-    assert b"CreationDate" not in (tmp_path / "a" / f"{name}.pdf").read_bytes()
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_texts_in_a_figure_do_not_overlap(name: str, result: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.text import Text
-
-    drawn = importlib.import_module(f"figures.{name}").draw(read_reproduction(result)).figure
-    assert drawn.get_figwidth() in (SINGLE, DOUBLE)
-    with style():
-        canvas = FigureCanvasAgg(drawn)
-        canvas.draw()
-        hidden = _hidden_labels(drawn)
-        texts = [t for t in drawn.findobj(Text) if t.get_text().strip() and t.get_visible() and id(t) not in hidden]
-        boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts]
-    assert len(boxes) > 10
-    for i, (first, a) in enumerate(boxes):
-        assert a.x0 > -1 and a.x1 < drawn.bbox.x1 + 1 and a.y0 > -1 and a.y1 < drawn.bbox.y1 + 1, (
-            f"'{first}' is cut off"
-        )
-        for second, b in boxes[i + 1 :]:
-            across = min(a.x1, b.x1) - max(a.x0, b.x0)
-            down = min(a.y1, b.y1) - max(a.y0, b.y0)
-            assert across < 1 or down < 1, f"'{first}' overlaps '{second}'"
-
-
-def _hidden_labels(figure: Any) -> set[int]:
-    """Labels of ticks outside the limits, which exist but are not drawn."""
-    out = set()
-    for axis in (axis for axes in figure.findobj(Axes) for axis in (axes.xaxis, axes.yaxis)):
-        shown = {id(tick) for tick in axis._update_ticks()}
-        for tick in (*axis.majorTicks, *axis.minorTicks):
-            out |= {id(tick.label1), id(tick.label2)} if id(tick) not in shown else set()
-    return out
+    check_texts(importlib.import_module(f"figures.{name}").draw(read_reproduction(result)).figure)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -146,6 +96,23 @@ def test_all_scripts_are_drawn_by_one_call(result: Path, tmp_path: Path, capsys:
     written = draw_figures(tmp_path / "one", tmp_path / "one" / "figures", ROOT / "figures")
     assert sorted({path.stem for path in written}) == sorted(set(FIGURES) - {"frontier"})
     assert capsys.readouterr().err.startswith("figure frontier: ")
+    (tmp_path / "no_result").mkdir()
+    assert redraw(tmp_path, ROOT / "figures") == written
+
+
+def test_the_check_of_texts_sees_a_fault() -> None:
+    from matplotlib.figure import Figure
+
+    for fault, words in (((0.1, 0.52), "overlaps"), ((0.97, 0.9), "is cut off"), (None, "")):
+        figure = Figure(figsize=(SINGLE, 2))
+        for i in range(6):
+            figure.text(0.1, 0.1 + 0.13 * i, f"text {i}")
+        if fault:
+            figure.text(*fault, "fault")
+            with pytest.raises(AssertionError, match=words):
+                check_texts(figure)
+        else:
+            check_texts(figure)
 
 
 def test_help_is_light() -> None:

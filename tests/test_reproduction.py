@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -15,6 +16,7 @@ from analyses.apply_steering import Config as ApplyConfig
 from analyses.apply_steering import run as apply_run
 from analyses.reproduce import Config, run
 from rsteer_interp.command_line import run as run_command
+from rsteer_interp.directions import ESTIMATORS, RidgeMeanDifference
 from rsteer_interp.judges.base import Verdict
 from rsteer_interp.reproduction.presets import PRESETS
 from rsteer_interp.results import load_result
@@ -144,6 +146,26 @@ def test_a_model_that_does_not_refuse_is_a_plain_result(
     data = load_result(config.out, kind="reproduce").data
     assert not data["applicable"]
     assert "table" not in data
+
+
+@dataclass(frozen=True)
+class Probe(RidgeMeanDifference):
+    name: ClassVar[str] = "probe"
+    penalty: float = 100.0
+
+
+def test_a_new_estimator_gets_a_setting_a_row_and_its_place_in_every_figure(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ESTIMATORS, Probe.name, Probe)
+    page = run(config)
+    data = load_result(config.out).data
+    assert [row["method"] for row in data["table"]] == [None, *ESTIMATORS]
+    assert set(data["layer_scores"]) == set(ESTIMATORS)
+    assert (config.out / "steering" / "probe").is_dir()
+    for name in ("claim_table", "frontier", "scores", "fig5_layers"):
+        assert '"probe"' in (config.out / "figures" / f"{name}.json").read_text(encoding="utf-8"), name
+    assert "PROBE" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(read.tensor("ids", -1), torch.arange(5)) and value_of(read) == 2.0
     assert visible(tmp_path) == ["one"]
     assert visible(tmp_path / "one") == ["provenance.json", "result.json", "tensors.safetensors"]
+    made = save_result(tmp_path / "two", "test", {"b": {"d": 1, "c": 2}, "a": 3}, provenance=RECORD)
+    assert json.dumps(made.data) == json.dumps(load_result(tmp_path / "two").data)  # also in the order of names
 
 
 def test_a_result_without_tensors_has_no_tensor_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Study of layers: planted truth for both curves, nulls that stay null, and the whole of it on a tiny random model."""
+"""Study of layers: planted truth for both curves, nulls that stay null, several methods; test_studies.py runs it whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 import rsteer_interp.studies.layers as study
 from analyses.layer_concentration import Config, run
-from figures import layer_concentration as figure
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.evaluation import log_odds
@@ -106,35 +105,25 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*study_arguments(tmp_path, monkeypatch), "--refusing", "6", "--random", "4"]
 
 
-def test_the_whole_study_resumes_and_draws(
+def test_every_method_is_read_and_one_more_redoes_no_causal_step(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(Config, run, arguments) == 0
-    first = capsys.readouterr().out
+    one = load_result(tmp_path / "out", kind=study.KIND).data
+    steps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "steps").glob("*/result.json")}
+    assert run_command(Config, run, [*arguments, "--methods", "md", "wrmd"]) == 0
     data = load_result(tmp_path / "out", kind=study.KIND).data
-    assert data["applicable"], data["reason"]
-    assert data["readout"]["layers"] == [1, 2, 3, 4] and data["causal"]["layers"] == [1, 2, 3]
+    assert {p: p.stat().st_mtime_ns for p in steps} == steps
+    assert data["methods"] == ["md", "wrmd"] and data["causal"] == one["causal"]
+    assert data["readouts"]["md"] == one["readouts"]["md"] != data["readouts"]["wrmd"]
+    assert data["readouts"]["wrmd"]["layers"] == [1, 2, 3, 4] and data["causal"]["layers"] == [1, 2, 3]
+    assert data["finding"].startswith(one["finding"].split(" Ablating")[0] + " Read-out of WRMD at layer")
     assert data["causal"]["n"] <= 6
     for edit in study.EDITS:
         curve = data["causal"][edit]
         assert all(e["low"] <= e["value"] <= e["high"] for e in curve["effect"])
         assert all(0 <= p <= q <= 1 for p, q in zip(curve["p"], curve["q"], strict=True))
-    assert {p.suffix for p in (tmp_path / "out" / "figures").iterdir()} == {".pdf", ".png", ".json"}
-    steps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "steps").glob("*/result.json")}
-    assert run_command(Config, run, arguments) == 0
-    assert capsys.readouterr().out == first
-    assert {p: p.stat().st_mtime_ns for p in steps} == steps
-    for out in ("a", "b"):
-        assert figure.main(["--result", str(tmp_path / "out"), "--out", str(tmp_path / out)]) == 0
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-
-def test_a_model_that_does_not_refuse_is_a_plain_sentence(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    study_arguments(tmp_path, monkeypatch, refuses=False)
-    assert run_command(Config, run, arguments) == 0
-    assert "not applicable: base refusal 0%" in capsys.readouterr().out
-    assert not load_result(tmp_path / "out", kind=study.KIND).data["applicable"]
-    assert not (tmp_path / "out" / "figures").exists()
+    capsys.readouterr()
+    for wrong in (["--methods", "md", "nobody"], ["--methods", "md", "md"], ["--random", "3"]):
+        assert run_command(Config, run, [*arguments, *wrong]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {wrong[0]}")

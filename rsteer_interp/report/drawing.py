@@ -56,6 +56,12 @@ def draw_figures(result_folder: Path | str, out: Path | str, scripts: Path | str
     return written
 
 
+def redraw(root: Path | str, scripts: Path | str) -> list[Path]:
+    """The figures of every result in the folders of `root`, drawn again into each one's `figures`; loads no model."""
+    folders = sorted(path.parent for path in Path(root).glob("*/result.json"))
+    return [path for folder in folders for path in draw_figures(folder, folder / "figures", scripts)]
+
+
 def _load(script: Path) -> Any:
     name = f"_figure_{script.stem}"
     spec = spec_from_file_location(name, script)

@@ -12,7 +12,7 @@ from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.report.page import write_page
 from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.finder import Screen, chosen_setting, find, random_cloud, steering_for
-from rsteer_interp.reproduction.presets import METHODS, PRESETS
+from rsteer_interp.reproduction.presets import PRESETS
 from rsteer_interp.reproduction.report_split import evaluate
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens, score
 from rsteer_interp.reproduction.summary import print_table, summary
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from analyses.reproduce import Config
 
 KIND = "reproduce"
+HEADLINE = "wrmd"  # the paper's method: the null's doses, the density and the PCA's layer are those of its directions
 _INCIDENTAL = {"out", "batch_size", "device_map"}  # settings that change no result
 
 
@@ -76,13 +77,13 @@ def _experiment(
     found = {
         m: find(context, v, select, _screen(context, select, v, tokens), tokens, target) for m, v in vectors.items()
     }
-    steerings = {m: steering_for(context, vectors[m], chosen_setting(found[m]), tokens) for m in METHODS}
+    steerings = {m: steering_for(context, v, chosen_setting(found[m]), tokens) for m, v in vectors.items()}
     _save_steerings(context, steerings)
-    cloud = random_cloud(context, steerings["wrmd"], _screen(context, select, vectors["wrmd"], tokens))
+    cloud = random_cloud(context, steerings[HEADLINE], _screen(context, select, vectors[HEADLINE], tokens))
     base = evaluate(context, "base", None, tokens)
     steered = {m: evaluate(context, m, s, tokens) for m, s in steerings.items()}
-    layer = best_layer(vectors["wrmd"], context.backend.n_layers)
-    density, vector = density_report(context, vectors["wrmd"], layer)
+    layer = best_layer(vectors[HEADLINE], context.backend.n_layers)
+    density, vector = density_report(context, vectors[HEADLINE], layer)
     pca, points = pca_report(fit, fit_states, layer)
     data = summary(
         context,

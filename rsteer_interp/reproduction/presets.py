@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 POLITICAL, MATCHED, HARMFUL, GENERAL = "political_sensitive", "political_matched", "harmful", "general"
 LABELS = {POLITICAL: "political", HARMFUL: "harmful", MATCHED: "matched", GENERAL: "general"}
-METHODS = ("md", "wmd", "rmd", "wrmd")
 
 
 @dataclass(frozen=True)

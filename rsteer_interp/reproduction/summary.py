@@ -11,7 +11,7 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from rsteer_interp.reproduction.context import Context
-from rsteer_interp.reproduction.presets import LABELS, METHODS
+from rsteer_interp.reproduction.presets import LABELS
 from rsteer_interp.steering import Steering
 
 # Refusal % on CCP-sensitive (n = 340) and JailbreakBench (n = 100), from the paper's results table.
@@ -151,7 +151,7 @@ def _replies(base: Mapping[str, Any], steered: Mapping[str, dict[str, Any]]) -> 
             "set": reply["set"],
             "prompt": reply["prompt"],
             "base": {f: reply[f] for f in fields},
-            "steered": {m: {f: steered[m]["replies"][i][f] for f in fields} for m in METHODS if m in steered},
+            "steered": {m: {f: steered[m]["replies"][i][f] for f in fields} for m in steered},
         }
         for i, reply in enumerate(base["replies"])
     ]

@@ -19,7 +19,6 @@ from rsteer_interp.nulls import max_correlation_null
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import NEUTRAL_BAND
 from rsteer_interp.reproduction.context import Context
-from rsteer_interp.reproduction.presets import METHODS
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.selection import LayerScore, layer_score, scales, steerable_layers, top_layers
 from rsteer_interp.spectrum import coordinate_density, spectrum
@@ -67,9 +66,9 @@ def fit_vectors(
     """Every method's vectors; fitted on the fit split, scored on the select split."""
     evidence = {site: Evidence(fit_states[site], fit.confidence, site=site) for site in context.sites}
     out = {}
-    for method in METHODS:
+    for method, estimator in ESTIMATORS.items():
         found = fit_directions(
-            ESTIMATORS[method](), evidence, sets=tuple(sorted(set(fit.sets))), fingerprint=context.backend.fingerprint
+            estimator(), evidence, sets=tuple(sorted(set(fit.sets))), fingerprint=context.backend.fingerprint
         )
         directions = {site: d.unit for site, d in found.items()}
         references = {site: d.offset for site, d in found.items()}

@@ -39,34 +39,44 @@ LEAST = 4  # fewest refusing report prompts for a causal curve
 QUESTION = "In which layers can refusal be read, and in which is it caused?"
 SETS = (POLITICAL, MATCHED)
 _SPLITS: tuple[Split, ...] = ("fit", "select", "report")
-_CAUSAL = ("method", "refusing", "random", "dose", "null", "seed")  # settings on which the causal curve depends
+_CAUSAL = ("refusing", "random", "dose", "null", "seed")  # settings on which the causal curve depends
 
 
 def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
-    if config.method not in ESTIMATORS or config.random < 4:
-        raise UserError(f"--method is one of {', '.join(ESTIMATORS)} and --random at least 4")
+    unknown = next((m for m in config.methods if m not in ESTIMATORS), None)
+    if unknown is not None or not config.methods or len(set(config.methods)) < len(config.methods):
+        raise UserError(f"--methods are different names out of {', '.join(ESTIMATORS)}, at least one")
+    if config.random < 4:
+        raise UserError(f"--random is {config.random}; the null needs at least 4 directions per layer")
     study.check_applicable()
     fit, select, report = (study.scored(s, *SETS) for s in _SPLITS)
     if not LEAST <= len(report.refusing) < len(report.texts):
         raise NotApplicable(f"not applicable: {len(report.refusing)} of {len(report.texts)} report prompts are refused")
     states = {s: study.states(s, *SETS) for s in _SPLITS}
     evidence = {site: Evidence(states["fit"][site], fit.confidence, site=site) for site in study.sites}
-    units = {site: d.unit for site, d in fit_directions(ESTIMATORS[config.method](), evidence).items()}
-    read = read_out(
-        _project(units, states["select"]),
-        select.confidence,
-        _project(units, states["report"]),
-        report.confidence,
-        report.sets,
-        config.seed,
-    )
+    units = {
+        method: {site: d.unit for site, d in fit_directions(ESTIMATORS[method](), evidence).items()}
+        for method in config.methods
+    }
+    readouts = {
+        method: read_out(
+            _project(of_method, states["select"]),
+            select.confidence,
+            _project(of_method, states["report"]),
+            report.confidence,
+            report.sets,
+            config.seed,
+        )
+        for method, of_method in units.items()
+    }
     texts = [report.texts[i] for i in report.refusing[: config.refusing]]
-    causal = _causal(study, config, units, fit, texts, evidence)
+    causal = _causal(study, config, units[config.methods[0]], fit, texts, evidence)
     data = {
         "base_rates": study.rates("report", *SETS),
         "n_fit": fit_counts(fit),
         "refusal_tokens": [study.backend.tokenizer.decode([t]) for t in study.refusal_tokens],
-        "readout": read,
+        "methods": list(config.methods),
+        "readouts": readouts,
         "causal": causal,
     }
     return {**data, "finding": finding(data, study.n_layers)}, None
@@ -92,6 +102,7 @@ def _causal(
     backend, tokens = study.backend, study.refusal_tokens
     rows, sites = study.template.encode_all(texts), [s for s in units if s.layer < backend.n_layers]
     key = {name: getattr(config, name) for name in _CAUSAL} | {
+        "method": config.methods[0],
         "prompts": texts,
         "fit": fit.confidence.tolist(),
         "tokens": tokens,
@@ -143,14 +154,19 @@ def single_site(
 
 def finding(data: dict[str, Any], n_layers: int) -> str:
     """The answer in one paragraph; what is not distinguishable from random is said to be so, with its p."""
-    read, causal = data["readout"], data["causal"]
-    chosen = read["chosen_on_select"]
-    r = chosen["r"]
-    parts = [
-        f"Read-out at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} ({r['low']:.2f} to "
-        f"{r['high']:.2f}, n = {r['n']}), p of the maximum {read['p_max']:.2g}; inside sets p = {read['within_set_p_max']:.2g}."
-    ]
-    for edit, words in (("ablate", "Ablation"), ("add", f"Adding -{causal['dose']:g} |resid|")):
+    causal, parts = data["causal"], []
+    for method in data["methods"]:
+        read = data["readouts"][method]
+        chosen = read["chosen_on_select"]
+        r = chosen["r"]
+        null = "not distinguishable from random, " if read["p_max"] > 0.05 else ""
+        parts.append(
+            f"Read-out of {method.upper()} at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} "
+            f"({r['low']:.2f} to {r['high']:.2f}, n = {r['n']}), {null}p of the maximum {read['p_max']:.2g}; "
+            f"inside sets p = {read['within_set_p_max']:.2g}."
+        )
+    first = data["methods"][0].upper()
+    for edit, words in (("ablate", f"Ablating {first}"), ("add", f"Adding -{causal['dose']:g} |resid| of {first}")):
         curve = causal[edit]
         hits = significant(curve, causal["layers"])
         at = curve["at_peak"]
@@ -171,14 +187,14 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
 
 
 def tables(data: dict[str, Any]) -> list[Table]:
-    """Concentration of the three curves."""
-    causal = data["causal"]
+    """Concentration of every curve."""
+    causal, readouts = data["causal"], data["readouts"]
     table = Table(title=f"Where refusal concentrates, {data['model']['name']} (95 % intervals over prompts)")
     for column in ("", "n", "effective layers", "under the null", "Gini", "peak depth", "centre depth"):
         table.add_column(column)
     for name, curve, n in (
-        ("read-out r²", data["readout"], data["readout"]["n"]),
-        *((edit, causal[edit], causal["n"]) for edit in EDITS),
+        *((f"read-out r², {m}", readouts[m], readouts[m]["n"]) for m in data["methods"]),
+        *((f"{edit}, {data['methods'][0]}", causal[edit], causal["n"]) for edit in EDITS),
     ):
         found, null = curve["concentration"], curve["null_effective_layers"]
         under = "" if null is None else f"{null['median']:.1f} ({null['low']:.1f} to {null['high']:.1f})"

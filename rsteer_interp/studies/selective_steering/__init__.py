@@ -80,7 +80,7 @@ def _remove(
     select = study.scored("select", config.remove)
     texts = [select.texts[i] for i in select.refusing[:SCREENED]]
     middle = sorted(config.doses)[len(config.doses) // 2]
-    kept_bands, ranking = best_bands(study, directions, unit, texts, gate.site.layer, -middle)
+    kept_bands, ranking = best_bands(study, "2_bands_remove", directions, unit, texts, gate.site.layer, -middle)
 
     def steering_of(candidate: Candidate) -> Steering:
         return steering_for(study, "md, gated", directions, references, unit, candidate, -1.0, gate)
@@ -124,7 +124,7 @@ def _induce(
     gate, condition = find_condition(study, config.induce, others, ())
     texts = study.scored("select", config.induce).texts[:SCREENED]
     middle = sorted(config.doses)[len(config.doses) // 2]
-    kept_bands, ranking = best_bands(study, directions, unit, texts, gate.site.layer, middle)
+    kept_bands, ranking = best_bands(study, "2_bands_induce", directions, unit, texts, gate.site.layer, middle)
 
     def steering_of(candidate: Candidate) -> Steering:
         return steering_for(study, "md, gated, induced", directions, references, unit, candidate, 1.0, gate)

@@ -66,7 +66,13 @@ def norms(study: Study, texts: Sequence[str]) -> dict[Site, float]:
 
 
 def best_bands(
-    study: Study, directions: Directions, unit: Mapping[Site, float], texts: Sequence[str], first: int, dose: float
+    study: Study,
+    stage: str,
+    directions: Directions,
+    unit: Mapping[Site, float],
+    texts: Sequence[str],
+    first: int,
+    dose: float,
 ) -> tuple[list[tuple[int, ...]], list[dict[str, Any]]]:
     """The bands in which this dose, spread over the band's layers, moves the log-odds most; and what each does."""
     backend, tokens = study.backend, study.refusal_tokens
@@ -85,7 +91,7 @@ def best_bands(
         return {"shift": shifts}, None
 
     key = {"prompts": list(texts), "tokens": tokens, "dose": dose, "bands": all_bands, "vectors": digest(directions)}
-    shifts = study.stage("2_bands", key, compute).data["shift"]
+    shifts = study.stage(stage, key, compute).data["shift"]
     table = [{"layers": list(b), "shift": s, "n": len(texts)} for b, s in zip(all_bands, shifts, strict=True)]
     order = sorted(range(len(all_bands)), key=lambda i: -abs(shifts[i]) * (shifts[i] * dose > 0))
     return [all_bands[i] for i in order[:KEPT_BANDS]], table
