@@ -34,12 +34,13 @@ def draw(result: Result) -> Drawing:
     names = data["names"]
     from matplotlib.figure import Figure
 
-    removed, induced = data["remove"]["report"]["sets"], data["induce"]["report"]["sets"]
+    order = [names["remove"], names["contrast"], *names["keep"], names["induce"]]
+    removed, induced = (_ordered(data[part]["report"]["sets"], order) for part in ("remove", "induce"))
     with style():
         figure = Figure(figsize=(DOUBLE, 3.4), layout="constrained")
         a, b = figure.subplots(1, 2)
-        _panel(a, removed, data["ungated"]["sets"], f"(a) Removing refusal of {_words(names['remove'])}")
-        _panel(b, induced, {}, f"(b) Inducing refusal of {_words(names['induce'])}")
+        _panel(a, removed, data["ungated"]["sets"], f"(a) Removing: {_words(names['remove'])}")
+        _panel(b, induced, {}, f"(b) Inducing: {_words(names['induce'])}")
         handles, labels = a.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     n = {name: row["before"]["n"] for name, row in removed.items()}
@@ -86,6 +87,10 @@ def _panel(axes: Any, sets: dict[str, Any], bare: dict[str, Any], title: str) ->
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel("share refused")
     axes.set_title(title)
+
+
+def _ordered(sets: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    return {name: sets[name] for name in dict.fromkeys([*order, *sets]) if name in sets}
 
 
 def _n(sets: dict[str, Any]) -> str:

@@ -154,7 +154,9 @@ class AblateSubspace:
     def __post_init__(self) -> None:
         into = self.basis if self.into is None else self.into
         if into.shape != self.basis.shape:
-            raise UserError(f"bases of shape {tuple(self.basis.shape)} and {tuple(into.shape)} at {self.site}; give equal")
+            raise UserError(
+                f"bases of shape {tuple(self.basis.shape)} and {tuple(into.shape)} at {self.site}; give equal"
+            )
         for rows in (self.basis.double(), into.double()):
             off = (rows @ rows.T - torch.eye(len(rows)).to(rows)).abs().amax()
             if not float(off) < 1e-4:

@@ -37,13 +37,16 @@ def find_condition(
     condition), and the share of every set, `watched` ones too, for which the gate holds.
     """
     sets = [inside, *outside]
-    free = {
+    free: dict[tuple[str, Pooling, int], Gate] = {
         (kind, pooling, site.layer): gate
         for pooling in POOLINGS
         for site in _sites(study)
         for kind, gate in _gates(study, site, pooling, inside, outside).items()
     }
     areas = {split: {key: _area(study, split, gate, inside, outside) for key, gate in free.items()} for split in SPLITS}
+    for key in free:  # a cosine may be small or large inside, which select tells
+        if key[0] == "cosine" and areas["select"][key] < 0.5:
+            areas = {split: {**found, key: 1 - found[key]} for split, found in areas.items()}
     best = max((key for key in free if key[0] == "discriminant"), key=lambda key: (areas["select"][key], -key[2]))
     on_select = {name: scores(study, "select", free[best], name) for name in sets}
     threshold = balanced_threshold(on_select[inside], {n: on_select[n] for n in outside})

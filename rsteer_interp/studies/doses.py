@@ -1,0 +1,73 @@
+"""Doses of edits: |edit| / |resid| as an edit is really applied, and what ablating a basis would move of the unedited stream.
+
+Averages are over the prompts' own tokens, as in `activations.mean_norms`: the template prefix is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rsteer_interp.backends.edits import At, Edit, Site
+
+Totals = dict[Site, tuple[Tensor, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Dosed:
+    """An edit that keeps account of its relative size per site."""
+
+    edit: Edit
+    totals: Totals = field(default_factory=dict)
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return self.edit.sites
+
+    @property
+    def pointwise(self) -> bool:
+        return self.edit.pointwise
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        out = self.edit(x, at)
+        if at.phase == "prompt":
+            _count(self.totals, at, (out.float() - x.float()).norm(dim=-1, keepdim=True), x)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class RecordShares:
+    """Changes nothing; keeps |B_k h| / |h| per site and k, B_k the first k rows of the site's basis."""
+
+    bases: Mapping[Site, Float[Tensor, "k d"]]
+    totals: Totals = field(default_factory=dict)
+
+    pointwise = True
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset(self.bases)
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        if at.phase == "prompt":
+            parts = x.float() @ self.bases[at.site].to(x.device, torch.float32).T
+            _count(self.totals, at, parts.square().cumsum(-1).sqrt(), x)
+        return x
+
+
+def mean_doses(totals: Totals) -> dict[Site, Float[Tensor, " k"]]:
+    """Mean relative size per site."""
+    return {site: total / count for site, (total, count) in totals.items()}
+
+
+def _count(totals: Totals, at: At, sizes: Float[Tensor, "row pos k"], x: Float[Tensor, "row pos d"]) -> None:
+    own: Bool[Tensor, "row pos"] = at.mask & (
+        at.positions >= at.batch.span_end("prefix")[at.rows][:, None].to(x.device)
+    )
+    relative = (sizes / x.float().norm(dim=-1, keepdim=True))[own].double().cpu()
+    total, count = totals.get(at.site, (torch.zeros(sizes.shape[-1], dtype=torch.float64), 0))
+    totals[at.site] = (total + relative.sum(0), count + len(relative))
