@@ -1,29 +1,180 @@
-"""Study of selective steering on a tiny random model: both configurations are found, saved, loaded and applied again."""
+"""Selective steering on a tiny random model: the shortcut is exact, choices are as stated, configurations load and apply."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import tyro
 
+from analyses import apply_steering
 from analyses.steer import Config, run
+from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
+from rsteer_interp.directions.retain import null_space
+from rsteer_interp.gates import Gate
+from rsteer_interp.nulls import Estimate, Rate, random_unit_vectors
+from rsteer_interp.refusal_scores import reply_and_judge
 from rsteer_interp.results import load_result
-from rsteer_interp.steering import load_steering
+from rsteer_interp.steering import Steering, load_steering
+from rsteer_interp.studies.selective_steering import KIND
+from rsteer_interp.studies.selective_steering.condition import holds, scores
+from rsteer_interp.studies.selective_steering.directions import families, kept_refusal
+from rsteer_interp.studies.selective_steering.replies import outcome, reply_log_probs
+from rsteer_interp.studies.selective_steering.report_split import induction_targets, removal_targets
+from rsteer_interp.studies.selective_steering.search import Candidate, bands, search, steering_for
+from rsteer_interp.studies.study import Study
 from tests.study_fixture import study_arguments
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("steer")
+
+
 @pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def arguments(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     small = ["--samples", "2", "--frontier", "4", "--conversations", "3", "--doses", "0.1", "0.5"]
-    return [*study_arguments(tmp_path, monkeypatch), *small]
+    return [*study_arguments(place, monkeypatch), *small]
 
 
-def test_the_whole_study(arguments: list[str], tmp_path: Path) -> None:
+@pytest.fixture
+def study(arguments: list[str]) -> Study:
+    return Study.open(KIND, tyro.cli(Config, args=arguments))
+
+
+def _steering(study: Study, gate: Gate | None, decoding: bool = True) -> Steering:
+    sites = [Site(2), Site(3)]
+    vectors = dict(zip(sites, random_unit_vectors(2, study.backend.d_model, 0).float(), strict=True))
+    unit = dict.fromkeys(sites, 4.0)
+    return steering_for(study, "test", vectors, vectors, unit, Candidate((2, 3), 1.0, decoding), -1.0, gate)
+
+
+@pytest.mark.parametrize("pooling", ["last", "instruction"])
+def test_running_only_the_edited_prompts_gives_what_running_all_gives(study: Study, pooling: Any) -> None:
+    w = torch.randn(study.backend.d_model, generator=torch.Generator().manual_seed(1)).double()
+    free = Gate(Site(1), w, 0.0, "projection", pooling)
+    name = "borderline"
+    gate = replace(free, threshold=float(scores(study, "report", free, name).median()))
+    held = holds(study, gate, "report", name)
+    assert 0 < int(held.sum()) < len(held)
+    steering = _steering(study, gate)
+    got = outcome(study, "report", name, steering)
+    texts = study.replies("report", name).texts
+    replies = reply_and_judge(
+        study.backend, study.template.encode_all(texts), texts, study.judge, max_new_tokens=4, edit=steering.edit()
+    )
+    assert got.after.tolist() == [group[0].verdict.refused for group in replies]
+    assert not torch.equal(got.after, got.before)
+    expected = reply_log_probs(study, texts, [group[0].text for group in replies])
+    torch.testing.assert_close(got.log_prob_after[held], expected[held], atol=1e-5, rtol=0)
+    assert torch.equal(got.edited, held)
+
+
+def test_the_families_keep_what_they_promise(study: Study) -> None:
+    found, _ = families(study, study.config)  # type: ignore[arg-type]
+    harm = kept_refusal(study, study.config)  # type: ignore[arg-type]
+    for site, (kept, answered) in harm.items():
+        gap = kept.mean - answered.mean
+        assert abs(float(found["null_space"][site].double() @ gap)) < 1e-5 * float(gap.norm())
+        torch.testing.assert_close(
+            found["null_space"][site].double(),
+            torch.nn.functional.normalize(null_space(found["md"][site], [gap]), dim=0),
+            atol=1e-6,
+            rtol=0,
+        )
+        for vectors in found.values():
+            assert float(vectors[site].norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_doses_rise_until_the_aim_is_met_and_the_most_fluent_wins(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {(0.1, False): (0.5, 1.0), (0.2, False): (0.05, 1.5), (0.1, True): (0.08, 1.2)}
+    asked = []
+
+    class Fake:
+        def __init__(self, candidate: Candidate) -> None:
+            rate, self.ratio = rates[candidate.dose, candidate.while_decoding]
+            self.after = torch.arange(100) < 100 * rate
+            self.log_prob_after = torch.full((4,), -self.ratio).double()
+
+    def fake_outcome(study: Any, split: str, name: str, steering: Any) -> Fake:
+        assert split == "select"
+        candidate = Candidate((2, 3), -steering.alpha, steering.while_decoding)
+        asked.append((candidate.dose, candidate.while_decoding))
+        return Fake(candidate)
+
+    monkeypatch.setattr(sys.modules[search.__module__], "outcome", fake_outcome)
+    layers = (2, 3)
+
+    def steering_of(candidate: Candidate) -> Steering:
+        return replace(_steering(study, None, candidate.while_decoding), alpha=-candidate.dose)
+
+    def found(stage: str, bound: float) -> tuple[Candidate, bool]:
+        candidates = {(layers, False): [0.1, 0.2, 0.4], (layers, True): [0.1]}
+        rates[0.4, False] = (0.04, 2.0)
+        chosen, met, _ = search(
+            study, study.config, stage, steering_of, "harmful", candidates, 1.0, lambda r: r.rate <= bound  # type: ignore[arg-type]
+        )  # fmt: skip
+        return chosen, met
+
+    assert found("search_a", 0.1) == (Candidate(layers, 0.1, True), True)
+    assert asked == [(0.1, False), (0.2, False), (0.1, True)], "no dose after the first that meets the aim"
+    assert found("search_b", 0.01) == (Candidate(layers, 0.4, False), False), "else the one that comes closest"
+
+
+def test_bands_lie_between_the_condition_and_the_last_layer() -> None:
+    for n_layers, first in ((4, 1), (12, 3), (24, 6), (48, 20)):
+        found = bands(n_layers, first)
+        assert found and all(first <= x < n_layers - 1 for band in found for x in band)
+        assert len(set(found)) == len(found)
+
+
+def test_targets_say_what_is_missed() -> None:
+    config = Config()
+
+    def row(before: float, after: float, stayed: float) -> dict[str, Any]:
+        rates = {k: vars(Rate.from_count(round(100 * v), 100)) for k, v in (("before", before), ("after", after))}
+        one = {"value": 1.5, "low": 1.4, "high": 1.6, "n": 100}
+        change = {"value": after - before, "low": after - before - 0.1, "high": after - before + 0.1, "n": 100}
+        stay = vars(Rate.from_count(round(100 * stayed), 100))
+        return {**rates, "difference": change, "stay_refused": stay, "perplexity_after": one, "perplexity_before": one}
+
+    names = (config.remove, config.contrast, *config.keep)
+    sets = {name: row(0.4, 0.4, 1.0) for name in names} | {config.remove: row(0.7, 0.2, 0.2)}
+    sets["borderline"] = row(0.3, 0.35, 1.0)
+    one = {"value": 1.5, "low": 1.4, "high": 1.6, "n": 100}
+    found = {
+        "sets": sets,
+        "kl": {"value": 0.06, "low": 0.0, "high": 0.1, "n": 3},
+        "perplexity": {"base": one, "steered": one},
+    }
+    missed = [t["name"] for t in removal_targets(config, found, Estimate(1.2, 1.1, 1.3, 50)) if not t["met"]]
+    assert [name.split()[0] for name in missed] == [config.remove, "borderline", "KL", "perplexity,"]
+    induced = {"sets": {"taxes": row(0.1, 0.89, 1.0), "general": row(0.0, 0.06, 1.0), "harmful": row(0.5, 0.46, 1.0)}}
+    assert [t["met"] for t in induction_targets("taxes", induced)] == [False, False, True]
+
+
+def test_saved_configurations_apply_elsewhere(
+    arguments: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command(Config, run, arguments) == 0
-    data = load_result(tmp_path / "out", kind="steer").data
+    data = load_result(place / "out", kind=KIND).data
     assert data["applicable"], data["reason"]
-    for name in ("remove", "induce"):
-        steering = load_steering(tmp_path / "out" / "steering" / name)
-        assert steering.gate is not None
-        assert steering.alpha * {"remove": -1, "induce": 1}[name] > 0
+    prompts = place / "mine.txt"
+    prompts.write_text("tell me about the city\nwhy is the river ?\n")
+    model = arguments[arguments.index("--model") + 1]
+    for name, sign in (("remove", -1), ("induce", 1)):
+        saved = place / "out" / "steering" / name
+        steering = load_steering(saved)
+        assert steering.gate is not None and steering.alpha * sign > 0
+        applied = ["--steering", str(saved), "--prompts", str(prompts), "--model", model, "--backend", "hooks"]
+        applied += ["--judge", "pattern", "--out", str(place / f"applied_{name}")]
+        assert run_command(apply_steering.Config, apply_steering.run, applied) == 0
+        assert (place / f"applied_{name}" / "summary.json").is_file()
+    capsys.readouterr()

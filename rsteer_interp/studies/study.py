@@ -184,7 +184,7 @@ class Study(Generic[C]):
             }, None
 
         key = {"prompts": texts, "tokens": self.config.tokens, "judge": self.judge.name, "measures": "log_prob"}
-        return self._stage(self.config.scores / f"{split}_{_place(name)}", "scores", key, compute).data
+        return self._stage(self.config.scores / f"{split}_{place(name)}", "scores", key, compute).data
 
     def _states(self, split: Split, name: str) -> Mapping[str, Tensor]:
         texts = [p.prompt for p in self.prompts(split, name)]
@@ -195,7 +195,7 @@ class Study(Generic[C]):
             return {"n": len(texts)}, {str(site): value for site, value in found.items()}
 
         return self._stage(
-            self.config.scores / f"{split}_{_place(name)}_states", "states", {"prompts": texts}, compute
+            self.config.scores / f"{split}_{place(name)}_states", "states", {"prompts": texts}, compute
         ).tensors
 
     # -- stages and the result -----------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def _print(data: dict[str, Any], tables: Sequence[Table]) -> None:
     console.print(data["finding"] if data["applicable"] else data["reason"], markup=False, soft_wrap=True)
 
 
-def _place(name: str) -> str:
+def place(name: str) -> str:
     """A prompt set's name as a folder's; sets may be files and hub data sets."""
     return re.sub(r"\W+", "_", name).strip("_")
 

@@ -176,7 +176,7 @@ def finding(data: dict[str, Any]) -> str:
         f"With a condition (ROC area {interval(data['remove']['condition']['roc']['area'], 3)} on report), refusal of {names['remove']} "
         f"falls from {percent(removed['before'])} to {percent(removed['after'])}, and {percent(kept['stay_refused'])} of the "
         f"refused {names['keep'][0]} prompts stay refused; the same edit without it leaves {percent(bare[names['keep'][0]]['stay_refused'])} of "
-        f"them. KL on benign conversations {interval(data['remove']['report']['kl'], 4)} nats per token. Random directions of the "
+        f"them. KL on benign conversations {interval(data['remove']['report']['kl'], 4)} nats per token; random directions of the "
         f"largest dose remove {min(frontier_random):.0%} to {max(frontier_random):.0%} ({len(frontier_random)} draws, log-odds). Induced: "
         f"refusal of {names['induce']} from {percent(induced['before'])} to {percent(induced['after'])}. "
         + ("All targets are met." if not missed else f"Missed: {'; '.join(missed)}.")

@@ -11,16 +11,17 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from rsteer_interp.activations import instruction_means
+from rsteer_interp.activations import instruction_means, last_states
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.gates import Gate, balanced_threshold, discriminant, roc
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import Rate
 from rsteer_interp.pooling import POOLINGS, Pooling
 from rsteer_interp.progress import progress
-from rsteer_interp.prompts import Split
-from rsteer_interp.studies.study import Study
+from rsteer_interp.prompts import Split, load_prompts
+from rsteer_interp.studies.study import Study, place
 
+FITTED = 256  # most fit prompts of a set for a condition
 LEAST_DEPTH, MOST_DEPTH = (
     0.15,
     0.45,
@@ -81,18 +82,24 @@ KINDS = ("discriminant", "cosine")
 def prompt_states(
     study: Study, split: Split, name: str, pooling: Pooling, n: int | None = None
 ) -> Mapping[Site, Float[Tensor, "prompt d"]]:
-    """What a condition reads of a set's prompts, at every layer where one is looked for."""
-    if pooling == "last":
-        return study.states(split, name, n=n)
-    texts = [p.prompt for p in study.prompts(split, name)]
+    """What a condition reads of a set's prompts, at every layer where one is looked for. Nothing needs to be judged for it, so
+    on fit it takes more prompts than directions do."""
+    chosen = (
+        load_prompts(name).split("fit").sample(FITTED, study.config.seed)
+        if split == "fit"
+        else study.prompts(split, name)
+    )
+    texts = [p.prompt for p in chosen]
 
     def compute() -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-        with progress(f"reading instructions, {split} {name}", len(texts)) as advance:
-            found = instruction_means(study.backend, study.template.encode_all(texts), _sites(study), advance)
-        return {}, {str(site): value for site, value in found.items()}
+        rows, sites = study.template.encode_all(texts), _sites(study)
+        with progress(f"reading prompts, {split} {name}", len(texts)) as advance:
+            found = {"instruction": instruction_means(study.backend, rows, sites, advance)}
+            found["last"] = last_states(study.backend, rows, sites)
+        return {}, {f"{key}.{site}": value for key, states in found.items() for site, value in states.items()}
 
-    tensors = study.stage(f"1_instructions_{split}_{name}", {"prompts": texts}, compute).tensors
-    return {site: tensors[str(site)][:n] for site in _sites(study)}
+    tensors = study.stage(f"1_prompts_{split}_{place(name)}", {"prompts": texts}, compute).tensors
+    return {site: tensors[f"{pooling}.{site}"][:n] for site in _sites(study)}
 
 
 def holds(study: Study, gate: Gate, split: Split, name: str, n: int | None = None) -> Bool[Tensor, " prompt"]:
