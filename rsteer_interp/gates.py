@@ -136,14 +136,22 @@ def roc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"], *, n_draws: i
 
 
 def balanced_threshold(inside: Float[Tensor, " n"], outside: Mapping[str, Float[Tensor, " m"]]) -> float:
-    """The threshold whose worst error is smallest: the misses among `inside`, the false alarms of each set outside.
+    """The threshold whose worst expected error is smallest: misses of `inside`, false alarms of each set outside.
 
-    Between two scores every threshold is as good; of the best stretch the middle is taken.
+        t = max over sets k of (m_k s + m s_k) / (s + s_k)        m, s: mean and standard deviation of a set's scores
+
+    Errors are those of normal distributions with the sets' moments. Counts of errors would leave the threshold to the few
+    most extreme prompts, and anywhere between two sets that do not overlap. UserError for a set of fewer than two scores.
     """
-    cuts = torch.unique(torch.cat([inside, *outside.values()]).double())
-    middles = torch.cat([cuts[:1] - 1, (cuts[1:] + cuts[:-1]) / 2, cuts[-1:] + 1])
-    miss = (inside.double()[None] <= middles[:, None]).double().mean(1)
-    alarms = [(s.double()[None] > middles[:, None]).double().mean(1) for s in outside.values()]
-    worst = torch.stack([miss, *alarms]).amax(0)
-    best = (worst == worst.min()).nonzero()[:, 0]
-    return float((middles[best[0]] + middles[best[-1]]) / 2)
+
+    def moments(name: str, scores: Tensor) -> tuple[float, float]:
+        if len(scores) < 2:
+            raise UserError(f"a threshold needs two scores or more of '{name}', there are {len(scores)}; add prompts")
+        return float(scores.double().mean()), float(scores.double().std())
+
+    m, s = moments("inside", inside)
+    crossings = []
+    for name, scores in outside.items():
+        mean, spread = moments(name, scores)
+        crossings.append((mean * s + m * spread) / (s + spread) if s + spread > 0 else (mean + m) / 2)
+    return max(crossings)

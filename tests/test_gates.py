@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import norm
 
 from rsteer_interp.activations import instruction_means, last_states
 from rsteer_interp.backends.base import Backend
@@ -187,20 +188,33 @@ def test_the_discriminant_recovers_a_planted_one_and_not_what_tells_one_side_apa
         assert float(w @ spread @ w) == pytest.approx(1.0)
 
 
-def test_the_threshold_has_the_smallest_worst_error() -> None:
+def test_the_threshold_has_the_smallest_worst_expected_error() -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
-        inside = torch.randn(30, generator=generator) + 1
-        outside = {"a": torch.randn(20, generator=generator), "b": torch.randn(50, generator=generator) - 1}
+        inside = 2 * torch.randn(30, generator=generator).double() + 3
+        outside = {
+            "a": torch.randn(20, generator=generator).double(),
+            "b": 3 * torch.randn(50, generator=generator).double() - 2,
+        }
 
         def worst(t: float, inside: torch.Tensor = inside, outside: dict[str, torch.Tensor] = outside) -> float:
-            return max(
-                [float((inside <= t).float().mean()), *(float((s > t).float().mean()) for s in outside.values())]
-            )
+            misses = norm.cdf(t, inside.mean(), inside.std())
+            return max(misses, *(norm.sf(t, s.mean(), s.std()) for s in outside.values()))
 
-        cuts = torch.linspace(-4, 5, 4000).tolist()
-        assert worst(balanced_threshold(inside, outside)) <= min(map(worst, cuts)) + 1e-6
-    assert 1 < balanced_threshold(torch.tensor([2.0, 3.0]), {"a": torch.tensor([0.0, 1.0])}) < 2
+        found = worst(balanced_threshold(inside, outside))
+        assert found <= min(map(worst, torch.linspace(-6, 8, 3000).tolist())) + 1e-9
+    constant = balanced_threshold(torch.tensor([2.0, 2.0]), {"a": torch.tensor([0.0, 0.0])})
+    assert constant == 1.0
+    with pytest.raises(UserError, match="two scores or more of 'a', there are 1"):
+        balanced_threshold(torch.randn(3), {"a": torch.zeros(1)})
+
+
+def test_one_odd_prompt_hardly_moves_the_threshold() -> None:
+    """Between sets far apart, the most extreme prompt would decide alone if errors were counted."""
+    generator = torch.Generator().manual_seed(4)
+    inside, outside = torch.randn(25, generator=generator) + 10, torch.randn(200, generator=generator)
+    odd = torch.cat([outside, torch.tensor([6.0])])
+    assert abs(balanced_threshold(inside, {"a": odd}) - balanced_threshold(inside, {"a": outside})) < 0.5
 
 
 def test_roc_and_its_null() -> None:

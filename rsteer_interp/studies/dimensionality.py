@@ -76,7 +76,7 @@ def finding(data: dict[str, Any]) -> str:
 
 
 def _answer(edit: str, found: dict[str, Any], percent: str) -> str:
-    name, *others = found["families"]
+    name = next(iter(found["families"]))
     lead = found["families"][name]
     one, enough = lead["net"][0], lead["enough"]
     if enough is None or not _beyond(lead):
@@ -89,25 +89,11 @@ def _answer(edit: str, found: dict[str, Any], percent: str) -> str:
         f"{_band(enough)} of {WORDS[name]}; K = 1 removes {interval(one)} beyond random subspaces of equal dose "
         f"(q = {lead['q'][0]:.2g})"
     ]
-    for other in others:
-        curve = found["families"][other]
-        if curve["enough"] is not None and _beyond(curve):
-            said.append(f"{WORDS[other]} need K = {_band(curve['enough'])}")
-        else:
-            said.append(f"{WORDS[other]} not distinguishable from random (smallest q = {min(curve['q']):.2g})")
+    matched = []
     for control, curve in found["controls"].items():
-        first, match = interval(curve["removed"][0]), curve["to_match_one"]
-        reached = f"as much as one dimension at K = {match}" if match else f"not as much at K = {curve['ks'][-1]}"
-        said.append(f"{WORDS[control]} remove {first} with K = 1, {reached}{_cost(lead, curve, match)}")
-    return "; ".join(said) + "."
-
-
-def _cost(lead: dict[str, Any], control: dict[str, Any], match: int | None) -> str:
-    """What matching costs on answered prompts, where that was measured."""
-    if match is None or "kl" not in control:
-        return ""
-    paid = control["kl"][control["ks"].index(match)]["value"]
-    return f" where answered prompts change by {paid:.1f} nats instead of {lead['kl'][0]['value']:.1f}"
+        k = curve["to_match_one"]
+        matched.append(f"{WORDS[control]} {f'K = {k}' if k else 'more than any K tried'}")
+    return "; ".join([*said, f"to match that one dimension takes {', '.join(matched)}"]) + "."
 
 
 def _band(enough: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def find_condition(
     """The gate that holds for prompts like `inside` and not like those of the sets `outside`.
 
     Per layer and pooling one discriminant from fit; the one with the largest ROC area on select (the first of equals), and
-    there the threshold with the smallest worst error. On report: the ROC, areas by layer (also of CAST's cosine
+    there the threshold with the smallest worst expected error. On report: the ROC, areas by layer (also of CAST's cosine
     condition), and the share of every set, `watched` ones too, for which the gate holds.
     """
     sets = [inside, *outside]
