@@ -1,0 +1,278 @@
+"""The runs of the transfer matrix: where and how much to steer (select split), what each kind's direction removes (report split).
+
+A row is a kind whose direction is used, a column a main kind whose refused prompts are measured. Random directions are
+combinations of answered prompts' states, the same combination at every layer: like real directions they lie where the
+states vary and agree between neighbouring layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from statistics import median_high
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsteer_interp.activations import mean_norms
+from rsteer_interp.backends.base import Prepared
+from rsteer_interp.backends.edits import Edit, Site
+from rsteer_interp.evaluation import log_odds
+from rsteer_interp.interventions import Displace, Everywhere, ablate, add
+from rsteer_interp.progress import progress
+from rsteer_interp.prompts import Split
+from rsteer_interp.reproduction.scores import Scored
+from rsteer_interp.studies.doses import Dosed, RecordShares, mean_doses
+from rsteer_interp.studies.refusal_kinds import Kind
+from rsteer_interp.studies.study import Study
+from rsteer_interp.studies.transfer import cells, dissociation, dose_for
+
+GRID = (0.5, 1.0, 2.0, 4.0)  # doses tried for a matched removal, as multiples of the dose
+DISPLACED = 2  # random displacements beside the ablation of each row; their effects are pooled over rows
+LEAST = 4  # fewest refused prompts of a column
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Refused prompts of several columns, in one list."""
+
+    texts: list[str]
+    columns: list[str]
+
+    @classmethod
+    def refused(cls, scored: Scored, kinds: Sequence[Kind], n: int) -> Prompts:
+        """The first n refused prompts of each main kind's set."""
+        found = {k.name: [i for i in scored.refusing if scored.sets[i] == k.refused][:n] for k in kinds}
+        return cls(
+            [scored.texts[i] for index in found.values() for i in index],
+            [name for name, index in found.items() for _ in index],
+        )
+
+    def only(self, names: Sequence[str]) -> Prompts:
+        kept = [i for i, c in enumerate(self.columns) if c in names]
+        return Prompts([self.texts[i] for i in kept], [self.columns[i] for i in kept])
+
+
+def windows(n_layers: int) -> list[list[int]]:
+    """Three stretches of a fifth of the blocks each, starting at a quarter, at half and at 0.7 of the depth."""
+    width = max(1, round(0.2 * n_layers))
+    starts = (max(1, round(share * n_layers)) for share in (0.25, 0.5, 0.7))
+    return [[layer for layer in range(s, s + width) if layer < n_layers] for s in starts]
+
+
+def random_directions(
+    answered: dict[Site, Float[Tensor, "n d"]], n_draws: int, seed: int
+) -> dict[Site, Float[Tensor, "draw d"]]:
+    """Unit vectors with the covariance of the answered states: z @ (states - mean), z normal and the same at every site."""
+    n = len(next(iter(answered.values())))
+    z = torch.randn(n_draws, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    out = {}
+    for site, states in answered.items():
+        x = z @ (states.double() - states.double().mean(0))
+        out[site] = (x / x.norm(dim=1, keepdim=True)).float()
+    return out
+
+
+@dataclass(eq=False)
+class Transfer:
+    """Everything that the runs share; `units[name]` are a kind's unit directions, `key` what they were fitted on."""
+
+    study: Study
+    units: dict[str, dict[Site, Float[Tensor, " d"]]]
+    random: dict[Site, Float[Tensor, "draw d"]]
+    select: Prompts
+    report: Prompts
+    dose: float
+    key: dict[str, Any]
+
+    @cached_property
+    def scale(self) -> dict[str, Any]:
+        """Mean |resid| per layer, and unedited log-odds of the select and report prompts."""
+        sites = [Site(layer) for layer in range(1, self.study.n_layers)]
+
+        def compute() -> tuple[dict[str, Any], None]:
+            backend, tokens = self.study.backend, self.study.refusal_tokens
+            norms = mean_norms(backend, self._rows(self.select), sites)
+            base = {s: log_odds(backend, self._rows(p), tokens).tolist() for s, p in self._prompts.items()}
+            return {"norms": {str(s.layer): norms[s] for s in sites}, "base": base}, None
+
+        return self.study.stage("2_scale", {**self.key, "tokens": self.study.refusal_tokens}, compute).data
+
+    @property
+    def _prompts(self) -> dict[Split, Prompts]:
+        return {"select": self.select, "report": self.report}
+
+    def _rows(self, prompts: Prompts) -> Any:
+        return self.study.template.encode_all(prompts.texts)
+
+    def push(self, layers: Sequence[int], units: dict[Site, Tensor], dose: float) -> Edit:
+        """Adds minus `dose` times the mean residual norm along the direction of each layer."""
+        norms = self.scale["norms"]
+        return add(
+            {Site(n): units[Site(n)] for n in layers}, {Site(n): -dose * norms[str(n)] for n in layers}
+        )  # fmt: skip
+
+    def _removed(self, split: Split, names: Sequence[str] | None, start: int) -> Callable[[Edit], Tensor]:
+        """A function of an edit at or after `start`: refusal log-odds removed on the columns' prompts (None: on all)."""
+        prompts = self._prompts[split]
+        kept = [i for i, c in enumerate(prompts.columns) if names is None or c in names]
+        base = torch.tensor([self.scale["base"][split][i] for i in kept], dtype=torch.float64)
+        tokens, prepared = self.study.refusal_tokens, list[Prepared]()
+
+        def run(edit: Edit) -> Tensor:
+            if not prepared:  # made when the first run is not on disk
+                rows = self._rows(prompts if names is None else prompts.only(names))
+                prepared.append(self.study.backend.prepare(rows, start))
+            return base - log_odds(self.study.backend, prepared[0], tokens, edit)
+
+        return run
+
+    @cached_property
+    def window(self) -> dict[str, Any]:
+        """The stretch of layers where the first two columns' own directions remove most from their own select prompts."""
+        options, names = windows(self.study.n_layers), list(dict.fromkeys(self.select.columns))[:2]
+
+        def compute() -> tuple[dict[str, Any], None]:
+            found = []
+            for layers in options:
+                own = [
+                    self._removed("select", [name], layers[0])(self.push(layers, self.units[name], self.dose)).mean()
+                    for name in names
+                ]
+                found.append(torch.stack(own).tolist())
+            return {"removed": found}, None
+
+        removed = self.study.stage("2_window", {**self.key, "windows": options, "dose": self.dose}, compute).data[
+            "removed"
+        ]
+        best = max(range(len(options)), key=lambda i: sum(removed[i]))
+        return {"layers": options[best], "options": options, "removed": removed, "columns": names}
+
+    @cached_property
+    def noise(self) -> Float[Tensor, "draw prompt"]:
+        """Removed on all report prompts by each random direction, added as the kinds' own are."""
+        layers = self.window["layers"]
+        sites = [Site(n) for n in layers]
+        run = self._removed("report", None, layers[0])
+
+        def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
+            n_random = len(self.random[sites[0]])
+            draws = [{s: self.random[s][i] for s in sites} for i in range(n_random)]
+            with progress("random directions", n_random) as advance:
+                found = []
+                for u in draws:
+                    found.append(run(self.push(layers, u, self.dose)))
+                    advance(1)
+            return {}, {"removed": torch.stack(found)}
+
+        key = {**self.key, "layers": layers, "dose": self.dose}
+        return self.study.stage("3_random", key, compute).tensors["removed"].double()
+
+    def equal_dose(self) -> dict[str, Any]:
+        """Every row by addition at one dose and by ablation, on all report prompts, as cells against random directions."""
+        layers, n_random = self.window["layers"], len(self.noise)
+        sites = [Site(n) for n in layers]
+        key = {**self.key, "layers": layers, "dose": self.dose, "draws": DISPLACED}
+        run = self._removed("report", None, layers[0])
+
+        def row(name: str, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            v = self.units[name]
+            removed, ours = [run(self.push(layers, v, self.dose))], Dosed(ablate({s: v[s] for s in sites}))
+            removed.append(run(ours))
+            there = RecordShares({s: v[s][None] for s in sites})
+            run(there)
+            # What the first ablation took is not there for the next ones, but a displacement leaves it: hence the factor.
+            small = {s: mean_doses(ours.totals)[s] / mean_doses(there.totals)[s] for s in sites}
+            sizes = [_size(ours)]
+            for i in range(DISPLACED):
+                u = {s: self.random[s][(index * DISPLACED + i) % n_random] * small[s].float() for s in sites}
+                null = Dosed(Everywhere({s: Displace(s, v[s], u[s]) for s in sites}))
+                removed.append(run(null))
+                sizes.append(_size(null))
+            return {"sizes": sizes}, {"removed": torch.stack(removed)}
+
+        rows = []
+        with progress("steering with every kind's direction", len(self.units)) as advance:
+            for index, name in enumerate(self.units):
+                compute = partial(row, name, index)
+                rows.append(self.study.stage(f"3_row_{name}", {**key, "row": name, "index": index}, compute))
+                advance(1)
+        x = torch.stack([r.tensors["removed"].double() for r in rows])  # row, edit (add, ablate, displace ...), prompt
+        sizes = [r.data["sizes"] for r in rows]
+        columns = self.report.columns
+        base = torch.tensor(self.scale["base"]["report"])
+        displaced = x[:, 2:].flatten(0, 1), [size for line in sizes for size in line[1:]]
+        return {
+            "rows": list(self.units),
+            "base": {c: float(base[[c == d for d in columns]].mean()) for c in dict.fromkeys(columns)},
+            "add": cells(x[:, 0], [self.dose] * len(rows), self.noise, [self.dose] * n_random, columns),
+            "ablate": cells(x[:, 1], [line[0] for line in sizes], *displaced, columns),
+            "ablation_sizes": [line[0] for line in sizes],
+            "dissociation": self._pairs(dict(zip(self.units, x[:, 1], strict=True)), [s[0] for s in sizes], *displaced),
+        }
+
+    def matched(self) -> dict[str, Any]:
+        """Rows of main kinds again, each at the dose at which it removes the same from its own select prompts."""
+        layers, names = self.window["layers"], list(dict.fromkeys(self.report.columns))
+        grid = [m * self.dose for m in GRID]
+        key = {**self.key, "layers": layers}
+
+        def sweep(name: str) -> tuple[dict[str, Any], None]:
+            run = self._removed("select", [name], layers[0])
+            return {"removed": [float(run(self.push(layers, self.units[name], d)).mean()) for d in grid]}, None
+
+        curves = {
+            name: self.study.stage(f"4_dose_{name}", {**key, "row": name, "grid": grid}, partial(sweep, name)).data["removed"]
+            for name in names
+        }  # fmt: skip
+        target = median_high(max(curve[GRID.index(1.0)], 0.0) for curve in curves.values())
+        doses = {name: dose_for(curve, grid, target) if target > 0 else None for name, curve in curves.items()}
+        run = self._removed("report", None, layers[0])
+
+        def at(name: str, dose: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            return {}, {"removed": run(self.push(layers, self.units[name], dose))}
+
+        removed = {
+            name: self.study.stage(f"4_matched_{name}", {**key, "row": name, "dose": dose}, partial(at, name, dose))
+            .tensors["removed"]
+            .double()
+            for name, dose in doses.items()
+            if dose is not None
+        }
+        table, known = None, [dose for dose in doses.values() if dose is not None]
+        if removed:
+            null = self.noise, [self.dose] * len(self.noise)
+            table = cells(torch.stack(list(removed.values())), known, *null, self.report.columns)
+        return {
+            "target": target,
+            "doses": doses,
+            "rows": list(removed),
+            "add": table,
+            "dissociation": self._pairs(removed, known, self.noise, [self.dose] * len(self.noise)),
+        }
+
+    def _pairs(
+        self, removed: dict[str, Tensor], sizes: Sequence[float], random: Tensor, random_sizes: Sequence[float]
+    ) -> dict[str, Any]:
+        """Dissociation of the first column's kind from each other one that has a row of its own."""
+        size = dict(zip(removed, sizes, strict=True))
+        names = [n for n in dict.fromkeys(self.report.columns) if n in removed]
+        return {
+            n: dissociation(
+                torch.stack([removed[names[0]], removed[n]]),
+                (size[names[0]] + size[n]) / 2,
+                random,
+                random_sizes,
+                self.report.columns,
+                (names[0], n),
+            )
+            for n in names[1:]
+        }
+
+
+def _size(dosed: Dosed) -> float:
+    """Mean |edit| / |resid| over the sites of an edit."""
+    return float(torch.stack([t[0] for t in mean_doses(dosed.totals).values()]).mean())
