@@ -24,7 +24,11 @@ from rsteer_interp.studies.config import StudyConfig
 from tests.figure_contract import ROOT, check_draws_twice_the_same, check_texts, scripts_of
 from tests.study_fixture import study_arguments
 
-SIZES = {"layer_concentration": ["--refusing", "6", "--random", "4", "--methods", "md", "wmd"]}
+SIZES = {
+    "layer_concentration": ["--refusing", "6", "--random", "4", "--methods", "md", "wmd"],
+    "component_attribution": ["--heads", "2", "--random", "6", "--prompts", "6"],
+    "patch_effects": ["--report", "96", "--pairs", "6"],
+}
 
 
 def studies(folder: Path = ROOT / "analyses") -> list[str]:

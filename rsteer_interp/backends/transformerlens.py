@@ -134,7 +134,9 @@ class TransformerLensBackend(Backend):
         """
         words = f"on {type(self.model).__name__} heads and MLPs do not add up to the stream"
         if len(self._head_hooks) < self.n_layers:
-            raise UserError(f"{words}: only {len(self._head_hooks)} of {self.n_layers} blocks have heads; use another model")
+            raise UserError(
+                f"{words}: only {len(self._head_hooks)} of {self.n_layers} blocks have heads; use another model"
+            )
         total = f"blocks.{layer - 1}.hook_resid_post"
         wanted = {f"blocks.{i}.hook_mlp_out" for i in range(layer)} | set(self._head_hooks.values()) | {total}
         with torch.inference_mode():
@@ -148,13 +150,18 @@ class TransformerLensBackend(Backend):
                 logits_to_keep=1,
             )
             parts, names = cache.get_full_resid_decomposition(
-                layer=layer, expand_neurons=False, project_output_onto=v.to(self.device, self.model.dtype), return_labels=True
+                layer=layer,
+                expand_neurons=False,
+                project_output_onto=v.to(self.device, self.model.dtype),
+                return_labels=True,
             )
             parts = parts[..., 0].T.double().cpu()
             whole = (cache[total][:, 0].double() @ v.to(self.device).double()).cpu()
         off = (parts.sum(1) - whole).abs().max() / parts.abs().sum(1).max()
         if not float(off) < 50 * torch.finfo(self.model.dtype).eps:
-            raise UserError(f"{words} (off by {float(off):.1g} of their size); use a model without norms after its heads")
+            raise UserError(
+                f"{words} (off by {float(off):.1g} of their size); use a model without norms after its heads"
+            )
         return parts, names
 
     def attention(self, row: Tokens, heads: Sequence[tuple[int, int]]) -> Float[Tensor, "head pos"]:
@@ -170,7 +177,9 @@ class TransformerLensBackend(Backend):
                 use_cache=False,
                 logits_to_keep=1,
             )
-        return torch.stack([cache[f"blocks.{layer}.attn.hook_pattern"][0, head, -1].float().cpu() for layer, head in heads])
+        return torch.stack(
+            [cache[f"blocks.{layer}.attn.hook_pattern"][0, head, -1].float().cpu() for layer, head in heads]
+        )
 
     def _find_hooks(self) -> dict[Site, str]:
         """Hook name of every site, the writers of a block found by arithmetic among its hooks."""
