@@ -60,7 +60,7 @@ def draw(result: Result) -> Drawing:
         f"{atlas['isotropic_q95']:.2f} on the sphere). Empty: too unreliable to correct. (b) The corrected cosine with its 95 % "
         "interval (bootstrap over subjects), beside the random pairs' 95 % band; dotted: the layer of (a), chosen on select. Fit "
         f"prompts refused, answered: {n}. " + " ".join(_said(data, label)),
-        {"kinds": data["kinds"], "atlas": atlas, "pairs": data["pairs"], "layers": data["layers"], "counts": counts},
+        {"kinds": data["kinds"], "atlas": atlas, "pairs": data["pairs"], "layers": data["layers"], "n": counts},
     )
 
 
