@@ -100,7 +100,7 @@ def _matrix(axes: Any, kinds: list[dict[str, Any]], atlas: dict[str, Any], layer
     axes.set(xlim=(0, size), ylim=(size, 0), aspect="equal")
     names = [k["label"] for k in kinds]
     axes.set_yticks([i + 0.5 for i in range(size)], names)
-    axes.set_xticks([i + 0.5 for i in range(size)], names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_xticks([i + 0.5 for i in range(size)], names, rotation=90)
     axes.tick_params(length=0)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)

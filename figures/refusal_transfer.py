@@ -96,7 +96,7 @@ def _matrix(
     axes.set(xlim=(0, max(len(columns), 1)), ylim=(len(rows), 0))
     axes.set_yticks([i + 0.5 for i in range(len(rows))], [label[r] for r in rows])
     axes.set_xticks([j + 0.5 for j in range(len(columns))], [label[c] for c in columns],
-                    rotation=40, ha="right", rotation_mode="anchor")  # fmt: skip
+                    rotation=90)  # fmt: skip
     axes.tick_params(length=0)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
