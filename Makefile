@@ -8,7 +8,7 @@ OUT ?= $(RESULTS)/reproduce
 MODEL ?= demo
 STUDIES := $(shell grep -l '(StudyConfig)' analyses/*.py)
 
-.PHONY: demo studies page figures test check clean
+.PHONY: demo studies page figures test check bench clean
 
 # The environment is ready when its stamp is newer than the lock; an interrupted install starts over from pip's cache.
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -48,6 +48,13 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Time and memory beside other ways to the same numbers, on the demo model. Run it on a quiet machine.
+bench: $(VENV)/.ready
+	@mkdir -p $(RESULTS)/benchmarks
+	$(BIN)/python -m pytest -o addopts= -q tests/benchmarks --bench-model $(MODEL) \
+		--benchmark-quiet --benchmark-json=$(RESULTS)/benchmarks/rounds.json
+	$(BIN)/python -m tests.benchmarks.report --rounds $(RESULTS)/benchmarks/rounds.json --out $(RESULTS)/benchmarks
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
