@@ -1,0 +1,92 @@
+"""Method: a published way to change how a model refuses; Material, what it may learn from; Treatment, what it gives.
+
+Every method of the comparison does the same job here: take away the refusal of one prompt set and keep that of another. It
+learns from the fit and select splits alone, and its one strength is chosen for it on the select split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import Edit, Site
+from rsteer_interp.batch import ChatTemplate
+
+States = Mapping[Site, Float[Tensor, "prompt d"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Treatment:
+    """What is done to a model: an edit, a system prompt, or both; neither is the unchanged model."""
+
+    edit: Edit | None = None
+    system: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Prompts of one set and split: refusal confidence c in [-1, 1] of the unchanged model (+1 refused, -1 answered, 0
+    undecided), and the state of the last prompt token at every block input but the first and at the final norm's."""
+
+    texts: list[str]
+    confidence: Float[Tensor, " prompt"]
+    states: States
+
+    @property
+    def refused(self) -> Bool[Tensor, " prompt"]:
+        return self.confidence > 0
+
+    @property
+    def answered(self) -> Bool[Tensor, " prompt"]:
+        return self.confidence < 0
+
+    def where(self, mask: Bool[Tensor, " prompt"]) -> Examples:
+        """The prompts for which the mask is true."""
+        texts = [text for text, chosen in zip(self.texts, mask.tolist(), strict=True) if chosen]
+        return Examples(texts, self.confidence[mask], {site: x[mask] for site, x in self.states.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a method may learn from. `fit` and `select` hold Examples by set name; the other fields say which set is what."""
+
+    backend: Backend
+    template: ChatTemplate
+    refusal_tokens: tuple[int, ...]  # tokens that open refusals, for log-odds
+    fit: Mapping[str, Examples]
+    select: Mapping[str, Examples]
+    remove: str  # the set whose refusals are to go (political_sensitive)
+    contrast: str  # ordinary prompts on like subjects (political_matched)
+    keep: str  # the set whose refusals are to stay (harmful)
+    ordinary: tuple[str, ...]  # sets that are to be left alone (harmless_matched, general)
+    seed: int = 0
+
+    @property
+    def n_layers(self) -> int:
+        return self.backend.n_layers
+
+
+Fitted = Callable[[float], Treatment]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A frozen dataclass whose fields are hyperparameters, with the four class variables and `fit`.
+
+    `strengths`, ascending and positive, are what is tried on the select split; more is more removal. A method without a
+    knob has one.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    source: ClassVar[str]
+    strengths: ClassVar[tuple[float, ...]]
+
+    def fit(self, material: Material) -> Fitted:
+        """Learn from the material; the result maps a strength to its Treatment."""
+        ...
