@@ -13,6 +13,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
+from rsteer_interp.moments import Moments, reduce
 from rsteer_interp.pooling import pooled
 
 
@@ -53,13 +54,34 @@ def last_states(
         backend.run(batch, both)
         return record.states
 
-    for group, states in backend.batches(rows, run):
+    for group, states in backend.spread(rows, run):
         for site, value in states.items():
             if not bool(torch.isfinite(value).all()):
                 raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
             out[site][group] = value
         on_batch(len(group))
     return out
+
+
+def last_moments(
+    backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site], on_batch: Callable[[int], None] = lambda n: None
+) -> dict[Site, Moments]:
+    """Moments of the last-token states at each site, streamed: memory does not grow with the number of prompts.
+
+    Under torchrun every process streams its share and the moments are merged in the order of the ranks.
+    """
+    found = {site: Moments.empty(backend.d_model) for site in sites}
+
+    def run(batch: Batch) -> int:
+        record = RecordLast(frozenset(sites))
+        backend.run(batch, record)
+        for site in sites:
+            found[site] = found[site].add(record.states[site])
+        return len(batch)
+
+    for _, n in backend.spread(rows, run):
+        on_batch(n)
+    return {site: reduce(moments) for site, moments in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +111,7 @@ def instruction_means(
         backend.run(batch, record)
         return record.states
 
-    for group, states in backend.batches(rows, run):
+    for group, states in backend.spread(rows, run):
         for site, value in states.items():
             out[site][group] = value
         on_batch(len(group))
@@ -98,27 +120,29 @@ def instruction_means(
 
 @dataclass(frozen=True, eq=False)
 class RecordNorm:
-    """Running mean of the residual norm |h| over real prompt tokens, per site: the denominator of the relative dose."""
+    """Sum of the residual norm |h| over the real prompt tokens after the template prefix, and their number, per site."""
 
     sites: frozenset[Site]
-    totals: dict[Site, list[float]] = field(default_factory=dict)
+    totals: dict[Site, tuple[float, int]] = field(default_factory=dict)
 
     pointwise = True
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         if at.phase == "prompt":
-            total = self.totals.setdefault(at.site, [0.0, 0.0])
             own = at.mask & (at.positions >= at.batch.span_end("prefix")[at.rows][:, None].to(x.device))
             norms = x.detach().double().norm(dim=-1)[own]
-            total[0] += float(norms.sum())
-            total[1] += norms.numel()
+            self.totals[at.site] = (float(norms.sum()), norms.numel())
         return x
 
 
 def mean_norms(backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site]) -> dict[Site, float]:
-    """Mean |h| at each site over the prompts' own tokens after the template prefix (which is left out, and with it the first
-    token, whose norm is an outlier in most models)."""
-    record = RecordNorm(frozenset(sites))
-    for _ in backend.batches(rows, lambda batch: backend.run(batch, record)):
-        pass
-    return {site: total / count for site, (total, count) in record.totals.items()}
+    """Mean |h| at each site, the denominator of the relative dose, over the prompts' own tokens after the template prefix
+    (which is left out, and with it the first token, whose norm is an outlier in most models)."""
+
+    def run(batch: Batch) -> dict[Site, tuple[float, int]]:
+        record = RecordNorm(frozenset(sites))
+        backend.run(batch, record)
+        return record.totals
+
+    found = [totals for _, totals in backend.spread(rows, run)]
+    return {site: sum(t[site][0] for t in found) / sum(t[site][1] for t in found) for site in sites}

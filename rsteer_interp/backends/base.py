@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rsteer_interp import processes
 from rsteer_interp.backends.edits import At, Edit, Phase, Site, leaves_prefix
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
@@ -183,6 +184,28 @@ class Backend(ABC):
                 pending = [[remaining[j] for j in g] for g in length_groups([rows[i] for i in order], self.batch_size)]
                 continue
             yield group, result
+
+    def spread(
+        self, rows: Rows, run: Callable[[Batch], T], batch_size: int | None = None
+    ) -> Iterator[tuple[list[int], T]]:
+        """`batches`, shared out over the processes of a torchrun (see `processes`): each runs its part, all get all results.
+
+        `run` must give its result back: what it leaves elsewhere (in an edit, say) would be of this process's part alone.
+        """
+        n = processes.count()
+        if n == 1:
+            yield from self.batches(rows, run, batch_size)
+            return
+        part = slice(processes.rank(), None, n)
+        if isinstance(rows, Prepared):
+            own, mine = range(len(rows)), Prepared(len(rows), rows.batches[part])
+        else:
+            size = min(batch_size or self.batch_size, self.batch_size, -(-len(rows) // n))
+            own = [i for group in list(length_groups(rows, size))[part] for i in group]
+            mine, batch_size = [rows[i] for i in own], size
+        with processes.alone():
+            found = [([own[i] for i in group], value) for group, value in self.batches(mine, run, batch_size)]
+        yield from processes.gathered(found)
 
     # -- running -------------------------------------------------------------------------------------------------
 
