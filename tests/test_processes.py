@@ -18,12 +18,13 @@ from rsteer_interp.activations import last_moments, last_states, mean_norms
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.backends.sampling import Sampling
+from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, answer_log_probs, log_odds
 from rsteer_interp.interventions import add
 from rsteer_interp.refusal_scores import reply_and_judge
 from rsteer_interp.results import Provenance, load_result, stage
 from tests.study_fixture import FirstWordJudge
-from tests.tiny_models import tiny_backend, tiny_model, tiny_tokenizer
+from tests.tiny_models import save_tiny, tiny_backend, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [
@@ -75,9 +76,33 @@ def _measure(out: Path) -> None:
     print("measured")
 
 
-def main(folder: str) -> None:
-    with processes.together():
-        _measure(Path(folder) / f"process{processes.rank()}")
+def _sharded_model(folder: Path) -> None:
+    """Log-odds and greedy tokens of the model in `folder`, its weights shared out by transformers' tensor parallel."""
+    from rsteer_interp.backends import load_backend
+
+    backend = load_backend(folder / "model", device_map="tp")
+    assert backend.name == "hooks" and processes.count() == 1
+    found = _read(backend)
+    save_file(found, folder / f"process{processes.rank()}.safetensors")
+
+
+def _read(backend: Backend) -> dict[str, torch.Tensor]:
+    rows = backend.template().encode_all(TEXTS)
+    edit = add({Site(2): torch.arange(1.0, backend.d_model + 1)}, {Site(2): 2.0})
+    states = last_states(backend, rows, [Site(3, "mlp_out"), Site(4)], edit)
+    tokens = backend.generate(backend.batch(rows), 4, edit).ids
+    return {"log-odds": log_odds(backend, rows, [5, 9], edit), "tokens": tokens} | {
+        str(s): x for s, x in states.items()
+    }
+
+
+def main(what: str, folder: str) -> None:
+    if what == "prompts":
+        with processes.together():
+            _measure(Path(folder) / f"process{processes.rank()}")
+    else:
+        with processes.together("tp"):
+            _sharded_model(Path(folder))
 
 
 def _torchrun(n: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -95,7 +120,7 @@ def _torchrun(n: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two")
-    ran = _torchrun(2, "-m", "tests.test_processes", str(folder))
+    ran = _torchrun(2, "-m", "tests.test_processes", "prompts", str(folder))
     assert ran.returncode == 0, ran.stderr[-2000:]
     return folder, ran.stdout
 
@@ -138,6 +163,23 @@ def test_the_work_is_really_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(seen) == list(range(len(rows)))
 
 
+def test_a_model_shared_out_by_tensor_parallel_gives_the_same(tmp_path: Path) -> None:
+    from rsteer_interp.backends import load_backend
+
+    (tmp_path / "model").mkdir()
+    save_tiny("llama", tmp_path / "model")
+    ran = _torchrun(2, "-m", "tests.test_processes", "model", str(tmp_path))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    whole = _read(load_backend(tmp_path / "model", "hooks"))
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"process{rank}.safetensors")
+        assert torch.equal(found.pop("tokens"), whole["tokens"])
+        for name, x in found.items():
+            torch.testing.assert_close(x, whole[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(UserError, match="torchrun"):
+        load_backend(tmp_path / "model", device_map="tp")
+
+
 def test_without_torchrun_nothing_is_started() -> None:
     with processes.together():
         assert (processes.rank(), processes.count(), processes.is_first()) == (0, 1, True)
@@ -146,4 +188,4 @@ def test_without_torchrun_nothing_is_started() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

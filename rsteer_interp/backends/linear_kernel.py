@@ -34,6 +34,7 @@ def use_onednn(model: nn.Module) -> int:
         module
         for module in model.modules()
         if type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter  # not sharded over processes
         and "forward" not in module.__dict__
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"
