@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rsteer_interp.errors import UserError
 
-WIDTH = 32  # half bandwidth: wide enough for matrix products to be fast, narrow enough for the band to be cheap
+WIDTH = 48  # half bandwidth: wide enough for matrix products to be fast, narrow enough for the band to be cheap
 
 Reflections = list[tuple[int, Float[Tensor, "m b"], Float[Tensor, "b b"]]]  # first row, V, T of I - V T V^T
 
@@ -52,7 +52,7 @@ def _reduce(a: Float[Tensor, "n n"], y: Float[Tensor, " n"], width: int) -> Refl
         # (I - V T V^T)^T S (I - V T V^T) = S - V W^T - W V^T with W = S V T - V (T^T V^T S V T) / 2
         s_v_t = inner @ v @ t
         w = s_v_t - v @ (t.T @ (v.T @ s_v_t)) / 2
-        inner.sub_(torch.cat([v, w], 1) @ torch.cat([w, v], 1).T)
+        inner.addmm_(torch.cat([v, w], 1), torch.cat([w, v], 1).T, alpha=-1)
         y[first:] -= v @ (t.T @ (v.T @ y[first:]))
         reflections.append((first, v, t))
     return reflections

@@ -17,7 +17,7 @@ from torch import Tensor
 from rsteer_interp.directions.band_form import solve_shifted
 from rsteer_interp.directions.base import Evidence
 from rsteer_interp.errors import UserError
-from rsteer_interp.moments import Moments, Scatter
+from rsteer_interp.moments import Moments, Scatter, gram
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def ridge_solve(sigma: Scatter, delta: Float[Tensor, " d"], penalty: float) -> F
     delta = delta.double()
     if sigma.rows is not None and penalty > 0:
         z = sigma.rows
-        inner = torch.cholesky_solve((z @ delta)[:, None], _cholesky(z @ z.T, penalty))[:, 0]
+        inner = torch.cholesky_solve((z @ delta)[:, None], _cholesky(gram(z), penalty))[:, 0]
         return (delta - z.T @ inner).div(penalty)
     if sigma.rows is not None and len(sigma.rows) < sigma.d:
         raise UserError(
@@ -133,7 +133,7 @@ def ridge_path(delta: Float[Tensor, " d"], sigma: Scatter, penalties: Sequence[f
     if z is None or len(z) == 0:
         return solve_shifted(sigma.dense, delta, penalties)
     ridge = torch.tensor(list(penalties), dtype=torch.float64, device=delta.device)[:, None]
-    return (delta - solve_shifted(z @ z.T, z @ delta, penalties) @ z) / ridge
+    return (delta - solve_shifted(gram(z), z @ delta, penalties) @ z) / ridge
 
 
 def null_space_share(vector: Float[Tensor, " d"], sigma: Scatter) -> float:
