@@ -128,10 +128,12 @@ class RecordNorm:
     pointwise = True
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
-        if at.phase == "prompt":
+        if at.phase != "decode":
             own = at.mask & (at.positions >= at.batch.span_end("prefix")[at.rows][:, None].to(x.device))
             norms = x.detach().double().norm(dim=-1)[own]
-            self.totals[at.site] = (float(norms.sum()), norms.numel())
+            rows = len(at.batch) if at.phase == "prefix" else 1  # words that all rows begin with are run once for all
+            total, count = self.totals.get(at.site, (0.0, 0))
+            self.totals[at.site] = (total + rows * float(norms.sum()), count + rows * norms.numel())
         return x
 
 

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, Rows
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.batch import Batch
 from rsteer_interp.measures import kl_divergence, masked_mean, refusal_log_odds, token_log_probs
