@@ -12,7 +12,7 @@ from torch import Tensor
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit
-from rsteer_interp.batch import Batch
+from rsteer_interp.batch import Batch, Tokens, length_groups
 from rsteer_interp.measures import kl_divergence, masked_mean, refusal_log_odds, token_log_probs
 
 ANSWER_ROWS = 4  # rows at once where logits of a whole answer are held: rows x answer x vocabulary x 4 bytes
@@ -74,19 +74,30 @@ def effects_of_each(
 
     def run(batch: Batch) -> Tensor:
         base = _answer_logits(backend, batch, None)
-        own, columns = _mean_log_prob(batch, base), _answer_columns(batch.answer_mask, batch)
-
-        def effects(edit: Edit | None) -> Tensor:
-            edited = _answer_logits(backend, batch, edit)
-            shift = (_mean_log_prob(batch, edited) - own).abs()
-            return torch.stack([shift, masked_mean(kl_divergence(base, edited), columns)])
-
-        return torch.stack([effects(edit) for edit in edits]).cpu()
+        return torch.stack([_effects(batch, base, batch, _answer_logits(backend, batch, edit)) for edit in edits]).cpu()
 
     for group, values in backend.spread(rows, run, ANSWER_ROWS):
         out[..., group] = values
         on_batch(len(group))
     return [AnswerEffects(shift, kl) for shift, kl in out]
+
+
+def prompted_effects(
+    backend: Backend, rows: Sequence[Tokens], prompted: Sequence[Tokens], edit: Edit | None
+) -> AnswerEffects:
+    """Shift and KL of the same answers under other prompts, such as with a system prompt, and an edit."""
+    out = torch.zeros(2, len(rows), dtype=torch.float64)
+    for group in length_groups(rows, ANSWER_ROWS):
+        base, other = (backend.batch([each[i] for i in group]) for each in (rows, prompted))
+        edited = _answer_logits(backend, other, edit)
+        out[:, group] = _effects(base, _answer_logits(backend, base, None), other, edited).cpu()
+    return AnswerEffects(out[0], out[1])
+
+
+def _effects(batch: Batch, base: Tensor, other: Batch, edited: Tensor) -> Tensor:
+    """(2, row): shift and KL between the logits of the same answers; answers end both batches, so their columns agree."""
+    shift = (_mean_log_prob(other, edited) - _mean_log_prob(batch, base)).abs()
+    return torch.stack([shift, masked_mean(kl_divergence(base, edited), _answer_columns(batch.answer_mask, batch))])
 
 
 def _answer_logits(backend: Backend, batch: Batch, edit: Edit | None) -> Tensor:

@@ -76,6 +76,9 @@ class Backend(Batching):
     def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str = "", batch_size: int = 64) -> None:
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
         self.batch_size = batch_size
+        self.prompts_run = (
+            0  # prompts that went through the model so far: what a method's fitting costs, on any machine
+        )
         self.notes: list[str] = []  # what this backend could not do and did another way; goes into the run's record
         self.stop_ids = _stop_ids(model, tokenizer)
         if prefers_onednn() and use_onednn(model):
@@ -165,6 +168,7 @@ class Backend(Batching):
         """Logits, cache and mask after the prompt tokens; the prefix that all rows share is computed once where exact."""
         self.check_sites(run.edit)
         batch = run.batch
+        self.prompts_run += len(batch)
         rows = torch.arange(len(batch), device=batch.ids.device)
         shared = self._shared_width(batch, run.edit, keep)
         ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, None
