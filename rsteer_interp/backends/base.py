@@ -184,7 +184,9 @@ class Backend(Batching):
         start = None if use_cache else _usable_start(batch.start, run.edit, ids.shape[1])
         if start is not None:
             edited = hooks.get(Site(start.layer))
-            hooks[Site(start.layer)] = lambda x: edited(start.states) if edited else start.states
+            # Recorded in inference mode, they could not be kept for a backward pass; a copy can.
+            states = start.states.clone() if torch.is_grad_enabled() else start.states
+            hooks[Site(start.layer)] = lambda x: edited(states) if edited else states
         with self._bypass(start.layer if start is not None else 0):
             logits, cache = self._forward(
                 ids, full_mask, positions, cache=cache, hooks=hooks, keep=keep, use_cache=use_cache
