@@ -53,7 +53,7 @@ def test_the_neutral_prompt_is_as_long_as_the_others_and_names_neither_aim() -> 
         "direct",
     )
     assert not [word for word in aims if word in NEUTRAL.lower()]
-    assert "politic" in OPEN.lower() and "decline" in SAFE.lower()
+    assert "politic" in OPEN.lower() and "cannot help" in SAFE.lower()
     assert len({kind.name for kind in ALL} | {kind.label for kind in ALL}) == 6
 
 

@@ -14,7 +14,7 @@ EXECUTION, DETECTION = torch.zeros(2, D_MODEL, dtype=torch.float64)
 EXECUTION[[3, 17, 29]] = torch.tensor([0.6, -0.6, 0.53], dtype=torch.float64)
 DETECTION[[5, 17, 20]] = torch.tensor([0.7, -0.3, -0.65], dtype=torch.float64)
 EXECUTION, DETECTION = EXECUTION / EXECUTION.norm(), DETECTION / DETECTION.norm()
-REFUSED_SHARE = {"removed": 0.8, "contrast": 0.2, "harmful": 0.6}
+REFUSED_SHARE = {"removed": 0.8, "contrast": 0.2}
 
 
 def planted_material(family: str = "llama", n: int = 40, strength: float = 6.0, seed: int = 0) -> Material:

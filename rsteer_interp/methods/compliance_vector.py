@@ -132,7 +132,7 @@ class Compliance:
     name: ClassVar[str] = "compliance"
     label: ClassVar[str] = "STEER-COMPLIANCE"
     source: ClassVar[str] = "arXiv 2602.04896"
-    strengths: ClassVar[tuple[float, ...]] = (0.02, 0.04, 0.07, 0.1)
+    strengths: ClassVar[tuple[float, ...]] = (0.01, 0.02, 0.04, 0.07)
 
     n_pairs: int = 64
     """Instructions, taken from the ordinary sets in turn; the paper has 100."""

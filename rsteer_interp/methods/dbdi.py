@@ -98,20 +98,23 @@ class Dbdi:
     name: ClassVar[str] = "dbdi"
     label: ClassVar[str] = "DBDI"
     source: ClassVar[str] = "arXiv 2511.06852"
-    strengths: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.3)
+    strengths: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.4)
 
     alpha: float = 1.0
     """Share of the execution component that is removed. The paper's value is not known to us; 1 removes all of it."""
     order: Order = "project_first"
-    kept: float = 0.1
-    """Share k of the coordinates that stay after sparsifying. The paper's is not known to us; 0.1 is our choice."""
+    kept: float = 0.3
+    """Share k of the coordinates that stay after sparsifying. The paper's is not known to us; 0.3 is our choice."""
     support: Support = "classifier"
     """Which coordinates stay: those that a linear classifier ranks first, or as many at random (the control)."""
     pairing: Pairing = "aligned"
     """Execution pairs: prompts at the same place of two built-in sets that share the form of a request (of refused and answered
     ones; with fewer than 8 of them, and for other sets, nearest states), or always nearest states."""
     layer: int | None = None
-    """The edited block input; None takes that of the best 5-fold cross-validated linear accuracy, the earliest of equals."""
+    """The edited block input; None chooses it by 5-fold cross-validated linear accuracy."""
+    slack: float = 1.0
+    """The earliest layer within so many standard errors of the best accuracy is chosen, ours; 0 takes the best, the paper's. With
+    some hundred prompts the best of a plateau is chance, and an early edit has more of the model after it."""
 
     def fit(self, material: Material) -> Fitted:
         """From the states in the material, and one pass over a few ordinary prompts for |resid|."""
@@ -132,7 +135,7 @@ class Dbdi:
         accuracy: dict[int, float] = {}
         if self.layer is None:
             accuracy = layer_accuracies(removed, contrast, steerable_layers(material.n_layers), material.seed)
-        layer = self.layer if self.layer is not None else max(accuracy, key=lambda x: (accuracy[x], -x))
+        layer = self.layer if self.layer is not None else self._earliest(accuracy, removed, contrast)
         site = Site(layer)
         if site not in removed.states:
             raise UserError(f"no states at {site}; choose a layer from 1 to {material.n_layers}")
@@ -146,6 +149,16 @@ class Dbdi:
             "aligned" if aligned else "nearest",
             accuracy,
         )
+
+    def _earliest(self, accuracy: dict[int, float], removed: Examples, contrast: Examples) -> int:
+        refused, answered = (
+            sum(int(mask.sum()) for mask in masks)
+            for masks in ((removed.refused, contrast.refused), (removed.answered, contrast.answered))
+        )
+        best = max(accuracy.values())
+        # Of the mean of two independent hit rates, taken as equal.
+        error = (best * (1 - best) * (1 / refused + 1 / answered)) ** 0.5 / 2
+        return min(layer for layer, value in accuracy.items() if value >= best - self.slack * error)
 
     def _sparse(self, pairs: Pairs, seed: int) -> Float[Tensor, " d"]:
         first, second = pairs
