@@ -13,7 +13,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
-from rsteer_interp.pooling import pooled
+from rsteer_interp.pooling import Pooling, pooled
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +63,11 @@ def last_states(
 
 
 @dataclass(frozen=True, eq=False)
-class RecordInstruction:
-    """Keeps the mean state over each prompt's instruction tokens, as float32 on CPU."""
+class RecordPooled:
+    """Keeps each prompt as one vector (see `pooling.pooled`), as float32 on CPU."""
 
     sites: frozenset[Site]
+    pooling: Pooling
     states: dict[Site, Float[Tensor, "row d"]] = field(default_factory=dict)
 
     pointwise = False
@@ -74,7 +75,7 @@ class RecordInstruction:
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         if at.phase == "prompt":
-            self.states[at.site] = pooled(x, at, "instruction").detach().to("cpu", torch.float32, copy=True)
+            self.states[at.site] = pooled(x, at, self.pooling).detach().to("cpu", torch.float32, copy=True)
         return x
 
 
@@ -82,10 +83,21 @@ def instruction_means(
     backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site], on_batch: Callable[[int], None] = lambda n: None
 ) -> dict[Site, Float[Tensor, "prompt d"]]:
     """Mean state over every prompt's instruction tokens at the given sites, in the order of the prompts."""
+    return pooled_states(backend, rows, sites, "instruction", on_batch)
+
+
+def pooled_states(
+    backend: Backend,
+    rows: Sequence[Tokens],
+    sites: Sequence[Site],
+    pooling: Pooling,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> dict[Site, Float[Tensor, "prompt d"]]:
+    """Every prompt as one vector per site, in the order of the prompts; one pass that stops after the last site."""
     out = {site: torch.empty(len(rows), backend.d_model) for site in sites}
 
     def run(batch: Batch) -> dict[Site, Tensor]:
-        record = RecordInstruction(frozenset(sites))
+        record = RecordPooled(frozenset(sites), pooling)
         backend.run(batch, record)
         return record.states
 
