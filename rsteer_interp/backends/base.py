@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rsteer_interp.backends.edits import At, Edit, Phase, Site, leaves_prefix
+from rsteer_interp.backends.edits import At, Edit, Phase, Site, decide_ahead, leaves_prefix
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
 from rsteer_interp.batch import Batch, ChatTemplate, Start, Tokens, length_groups, make_batch
@@ -232,6 +232,7 @@ class Backend(ABC):
     def _prompt_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
         """Logits, cache and mask after the prompt tokens; the prefix that all rows share is computed once where exact."""
         self.check_sites(run.edit)
+        decide_ahead(run.edit, run.batch, run.memory)
         batch = run.batch
         rows = torch.arange(len(batch), device=batch.ids.device)
         shared = self._shared_width(batch, run.edit, keep)
