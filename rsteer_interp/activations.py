@@ -55,11 +55,16 @@ def last_states(
 
     for group, states in backend.batches(rows, run):
         for site, value in states.items():
-            if not bool(torch.isfinite(value).all()):
-                raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
-            out[site][group] = value
+            out[site][group] = checked(site, value)
         on_batch(len(group))
     return out
+
+
+def checked(site: Site, states: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """The states, if they are finite; else UserError."""
+    if not bool(torch.isfinite(states).all()):
+        raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
+    return states
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +108,7 @@ def pooled_states(
 
     for group, states in backend.batches(rows, run):
         for site, value in states.items():
-            out[site][group] = value
+            out[site][group] = checked(site, value)
         on_batch(len(group))
     return out
 

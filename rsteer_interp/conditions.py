@@ -108,7 +108,7 @@ class Similarity(_Combines):
         h, p = self._projected(states)
         p = p.tanh() if self.tanh else p
         length = h.norm(dim=-1) * p.norm(dim=-1)
-        return torch.where(length > 0, (h * p).sum(-1) / length, 0.0)
+        return torch.where(length == 0, 0.0, (h * p).sum(-1) / length)
 
     def saturated(self, states: Float[Tensor, "row d"], level: float = 0.99) -> Float[Tensor, " row"]:
         """Share of coordinates with |tanh(P h)| > level: near 1, h is compared with the signs of c and not with c."""

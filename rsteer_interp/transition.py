@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from rsteer_interp.activations import checked
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
 from rsteer_interp.batch import Batch, Tokens
@@ -78,7 +79,7 @@ def transition(
 
     for group, states in backend.batches(opened, run):
         for site, value in states.items():
-            out[site][group] = value
+            out[site][group] = checked(site, value)
     return out
 
 

@@ -80,6 +80,14 @@ def test_the_transition_is_that_of_each_prompt_alone(family: str, kind: Kind, ma
             torch.testing.assert_close(got[site][i], alone[place] - alone[-1], atol=2e-4, rtol=0)
 
 
+def test_states_that_are_not_finite_give_no_sign() -> None:
+    backend = tiny_backend("llama")
+    with torch.no_grad():
+        backend.model.model.layers[2].mlp.down_proj.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"blocks\.3.*not finite"):
+        transition(backend, backend.template().encode_all(TEXTS), SITES, opening=OPENING)
+
+
 def test_sigma_is_the_mean_cosine_and_an_anchor_has_no_part_in_its_own_reference() -> None:
     t = {site: normal(7, 5, seed=site.layer) for site in SITES}
     reference = {site: rows.mean(0) for site, rows in t.items()}
