@@ -14,7 +14,7 @@ from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments, reduce
-from rsteer_interp.pooling import pooled
+from rsteer_interp.pooling import Pooling, pooled
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +56,7 @@ def last_states(
 
     for group, states in backend.spread(rows, run):
         for site, value in states.items():
-            if not bool(torch.isfinite(value).all()):
-                raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
-            out[site][group] = value
+            out[site][group] = checked(site, value)
         on_batch(len(group))
     return out
 
@@ -76,7 +74,7 @@ def last_moments(
         record = RecordLast(frozenset(sites))
         backend.run(batch, record)
         for site in sites:
-            found[site] = found[site].add(record.states[site])
+            found[site] = found[site].add(checked(site, record.states[site]))
         return len(batch)
 
     for _, n in backend.spread(rows, run):
@@ -84,11 +82,19 @@ def last_moments(
     return {site: reduce(moments) for site, moments in found.items()}
 
 
+def checked(site: Site, states: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """The states, if they are finite; else UserError."""
+    if not bool(torch.isfinite(states).all()):
+        raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
+    return states
+
+
 @dataclass(frozen=True, eq=False)
-class RecordInstruction:
-    """Keeps the mean state over each prompt's instruction tokens, as float32 on CPU."""
+class RecordPooled:
+    """Keeps each prompt as one vector (see `pooling.pooled`), as float32 on CPU."""
 
     sites: frozenset[Site]
+    pooling: Pooling
     states: dict[Site, Float[Tensor, "row d"]] = field(default_factory=dict)
 
     pointwise = False
@@ -96,7 +102,7 @@ class RecordInstruction:
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         if at.phase == "prompt":
-            self.states[at.site] = pooled(x, at, "instruction").detach().to("cpu", torch.float32, copy=True)
+            self.states[at.site] = pooled(x, at, self.pooling).detach().to("cpu", torch.float32, copy=True)
         return x
 
 
@@ -104,16 +110,27 @@ def instruction_means(
     backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site], on_batch: Callable[[int], None] = lambda n: None
 ) -> dict[Site, Float[Tensor, "prompt d"]]:
     """Mean state over every prompt's instruction tokens at the given sites, in the order of the prompts."""
+    return pooled_states(backend, rows, sites, "instruction", on_batch)
+
+
+def pooled_states(
+    backend: Backend,
+    rows: Sequence[Tokens],
+    sites: Sequence[Site],
+    pooling: Pooling,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> dict[Site, Float[Tensor, "prompt d"]]:
+    """Every prompt as one vector per site, in the order of the prompts; one pass that stops after the last site."""
     out = {site: torch.empty(len(rows), backend.d_model) for site in sites}
 
     def run(batch: Batch) -> dict[Site, Tensor]:
-        record = RecordInstruction(frozenset(sites))
+        record = RecordPooled(frozenset(sites), pooling)
         backend.run(batch, record)
         return record.states
 
     for group, states in backend.spread(rows, run):
         for site, value in states.items():
-            out[site][group] = value
+            out[site][group] = checked(site, value)
         on_batch(len(group))
     return out
 

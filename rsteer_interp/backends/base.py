@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsteer_interp.backends.batching import Batching
-from rsteer_interp.backends.edits import At, Edit, Phase, Site, leaves_prefix
+from rsteer_interp.backends.edits import At, Edit, Phase, Site, decide_ahead, leaves_prefix
 from rsteer_interp.backends.key_values import joined
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
@@ -167,6 +167,7 @@ class Backend(Batching):
     def _prompt_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
         """Logits, cache and mask after the prompt tokens; the prefix that all rows share is computed once where exact."""
         self.check_sites(run.edit)
+        decide_ahead(run.edit, run.batch, run.memory)
         batch = run.batch
         self.prompts_run += len(batch)
         rows = torch.arange(len(batch), device=batch.ids.device)
