@@ -40,10 +40,27 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Start:
-    """Unedited states entering block `layer`: a sweep of edits at or after it need not run the blocks before."""
+    """Unedited states entering block `layer`: a sweep of edits at or after it need not run the blocks before.
+
+    `prefix` holds those of the leading tokens that all rows share, `states` those of the columns after them.
+    """
 
     layer: int
     states: Float[Tensor, "row pos d"]
+    prefix: Float[Tensor, "1 shared d"]
+
+    def split_at(self, shared: int, lengths: Int[Tensor, " row"]) -> Start | None:
+        """The same for a pass that shares fewer leading tokens; None for one that shares more than are known to be shared."""
+        known = self.prefix.shape[1]
+        if shared >= known:
+            return self if shared == known else None
+        width = int(lengths.max()) - shared
+        states = self.states.new_zeros(len(lengths), width, self.states.shape[2])
+        states[:, known - shared :] = self.states
+        positions = torch.arange(shared, known, device=lengths.device)
+        columns = width - lengths[:, None] + positions  # left padding
+        states[torch.arange(len(lengths), device=lengths.device)[:, None], columns] = self.prefix[0, shared:]
+        return Start(self.layer, states, self.prefix[:, :shared])
 
 
 @dataclass(frozen=True)

@@ -121,14 +121,14 @@ def patched_log_odds(
 def _start(backend: Backend, row: Tokens, layer: int, first: int) -> Start | None:
     """The prompt's own states from token `first` on, entering block `layer`; None where the backend can't begin there."""
     start = backend.prepare([row], layer).batches[0][1].start
-    return None if start is None else Start(start.layer, start.states[:, first:])
+    return None if start is None else Start(start.layer, start.states[:, first:], start.states[:, :first])
 
 
 def _copies(backend: Backend, row: Tokens, n: int, first: int, start: Start | None) -> Batch:
     """The prompt n times. All before token `first` counts as prefix: no patch touches it, so it is run once for all."""
     known = replace(row, prefix=first, instruction=max(first, row.instruction))
     batch = backend.batch([known] * n)
-    return batch if start is None else replace(batch, start=Start(start.layer, start.states.repeat(n, 1, 1)))
+    return batch if start is None else replace(batch, start=replace(start, states=start.states.repeat(n, 1, 1)))
 
 
 def _patches(donors: Mapping[Site, Float[Tensor, "donor pos d"]], jobs: Sequence[tuple[int, Cell]]) -> Edit:

@@ -145,7 +145,8 @@ def test_a_gate_after_its_edit_is_refused() -> None:
 
 
 def test_cosine_is_blind_to_sign_and_length_and_flipping_a_projection_gives_the_complement() -> None:
-    h, w = torch.randn(50, 8), torch.randn(8)
+    generator = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((50, 8), (8,)))
     cosine = Gate(SITE, w, 0.3, "cosine")
     assert torch.equal(cosine.holds(h), Gate(SITE, -5 * w, 0.3, "cosine").holds(h))
     torch.testing.assert_close(cosine.scores(h), torch.nn.functional.cosine_similarity(h, w[None]).abs().double())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.evaluation import answer_effects, answer_log_probs, effects_of_each, log_odds
-from rsteer_interp.interventions import ablate, add
+from rsteer_interp.interventions import AtPositions, ablate, add
 from tests.tiny_models import FAMILIES, tiny_backend
 
 ANSWERS = ["i can tell you", "yes", "the river is in the city ."]
@@ -46,6 +48,49 @@ def test_one_base_pass_serves_every_edit(family: str) -> None:
         torch.testing.assert_close(found.shift, plain.shift, atol=1e-4, rtol=0)
         torch.testing.assert_close(found.kl, plain.kl, atol=1e-4, rtol=0)
     assert float(together[1].kl.min()) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_a_start_serves_edits_that_share_less_than_it_knows_to_be_shared(family: str) -> None:
+    """Prompts with words in common: an edit of the instruction's tokens shares the template alone, a row-wise one nothing."""
+    backend = tiny_backend(family)
+    rows = backend.template().encode_all(
+        ["tell me about the city", "tell me about the river and the island", "tell me"]
+    )
+    v = {Site(2): torch.randn(backend.d_model, generator=torch.Generator().manual_seed(0))}
+    edits = [
+        add(v, {Site(2): 1.5}),
+        AtPositions(add(v, {Site(2): 1.5}), frozenset({"instruction"})),
+        add(v, {Site(2): torch.tensor([1.0, -2.0, 3.0])}),
+    ]
+    ran: list[int] = []
+    (_, batch), *rest = backend.prepare(rows, 2, 3).batches
+    assert not rest and batch.start is not None and batch.start.prefix.shape[1] > rows[0].prefix
+    handles = [
+        next(block.children()).register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(backend.blocks)  # type: ignore[attr-defined]
+    ]
+    plain = replace(batch, start=None)
+    for edit in edits:
+        ran.clear()
+        started = backend.logits(batch, edit)
+        assert set(ran) == {2, 3}, "the first blocks are left out, for the prefix too"
+        torch.testing.assert_close(started, backend.logits(plain, edit), atol=1e-4, rtol=1e-4)
+    for handle in handles:
+        handle.remove()
+
+
+def test_one_pass_prepares_several_layers() -> None:
+    backend = tiny_backend("qwen2")
+    rows = backend.template().encode_all(TEXTS)
+    v = {Site(3): torch.randn(backend.d_model, generator=torch.Generator().manual_seed(0))}
+    edit = add(v, {Site(3): 1.5})
+    plain, before = log_odds(backend, rows, [5, 9], edit), backend.prompts_run
+    prepared = backend.prepare_each(rows, [0, 1, 3])
+    assert backend.prompts_run == before + len(rows)
+    for layer, each in prepared.items():
+        assert all((batch.start is None) == (layer == 0) for _, batch in each.batches)
+        torch.testing.assert_close(log_odds(backend, each, [5, 9], edit), plain, atol=1e-4, rtol=0)
 
 
 def test_an_edit_before_the_start_runs_the_whole_model() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rsteer_interp.backends.batching import Batching
 from rsteer_interp.backends.edits import At, Edit, Phase, Site, decide_ahead, leaves_prefix
-from rsteer_interp.backends.key_values import joined
+from rsteer_interp.backends.key_values import fill_blank, joined
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
 from rsteer_interp.batch import Batch, Start
@@ -116,8 +116,8 @@ class Backend(Batching):
         keep: int,
         use_cache: bool,
     ) -> tuple[Float[Tensor, "row keep vocab"] | None, Any]:
-        """Run tokens after `cache` (None: none); logits of the last `keep` positions (0: none, and the pass may stop
-        after the last hooked site) and the extended cache. Hooks must be gone afterwards, whatever happens."""
+        """Run tokens after `cache` (None: none); logits of the last `keep` positions (0: none, and a pass without a cache may
+        stop after the last hooked site) and the extended cache. Hooks must be gone afterwards, whatever happens."""
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -172,23 +172,21 @@ class Backend(Batching):
         self.prompts_run += len(batch)
         rows = torch.arange(len(batch), device=batch.ids.device)
         shared = self._shared_width(batch, run.edit, keep)
+        start = None if use_cache else _usable_start(batch, run.edit, shared)
+        first_block = start.layer if start is not None else 0
         ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, None
         full_mask = mask
         if shared:
-            cache = self._prefix_cache(run, shared)
+            cache = self._prefix_cache(run, shared, start)
             width = max(len(row.ids) for row in batch.rows) - shared
             ids, positions = ids[:, -width:], positions[:, -width:]
             # Columns before a row's own tokens hold a copy of prefix tokens: they are in the cache already.
             mask = mask[:, -width:] & (positions >= shared)
             full_mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], 1)
         hooks = run.hooks("prompt", 0, positions, mask, rows)
-        start = None if use_cache else _usable_start(batch.start, run.edit, ids.shape[1])
         if start is not None:
-            edited = hooks.get(Site(start.layer))
-            # Recorded in inference mode, they could not be kept for a backward pass; a copy can.
-            states = start.states.clone() if torch.is_grad_enabled() else start.states
-            hooks[Site(start.layer)] = lambda x: edited(states) if edited else states
-        with self._bypass(start.layer if start is not None else 0):
+            hooks |= _begun(start.states, hooks, first_block)
+        with self._bypass(first_block):
             logits, cache = self._forward(
                 ids, full_mask, positions, cache=cache, hooks=hooks, keep=keep, use_cache=use_cache
             )
@@ -206,14 +204,19 @@ class Backend(Batching):
         assert n_blocks == 0, f"the {self.name} backend cannot leave out blocks"
         return nullcontext()
 
-    def _prefix_cache(self, run: _Run, shared: int) -> Any:
+    def _prefix_cache(self, run: _Run, shared: int, start: Start | None) -> Any:
         """Cache of the shared prefix, computed on one row (edit included) and repeated over the rows."""
         batch = run.batch
         ids = torch.tensor([run.batch.rows[0].ids[:shared]], device=batch.ids.device)
         positions = torch.arange(shared, device=batch.ids.device)[None]
         mask = torch.ones_like(ids, dtype=torch.bool)
         hooks = run.hooks("prefix", 0, positions, mask, torch.zeros(1, dtype=torch.long, device=batch.ids.device))
-        _, cache = self._forward(ids, mask, positions, cache=None, hooks=hooks, keep=1, use_cache=True)
+        first_block = start.layer if start is not None else 0
+        if start is not None:
+            hooks |= _begun(start.prefix, hooks, first_block)
+        with self._bypass(first_block):
+            _, cache = self._forward(ids, mask, positions, cache=None, hooks=hooks, keep=0, use_cache=True)
+        fill_blank(cache, first_block, shared)
         cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long, device=batch.ids.device))
         return cache
 
@@ -286,13 +289,25 @@ class Backend(Batching):
         ]
 
 
-def _usable_start(start: Start | None, edit: Edit | None, width: int) -> Start | None:
-    """The batch's Start, if the edit begins at or after it and the states cover just the columns of this pass."""
-    if start is None or start.states.shape[1] != width:
+def _usable_start(batch: Batch, edit: Edit | None, shared: int) -> Start | None:
+    """The batch's Start, cut for a pass that shares `shared` tokens, if the edit begins at or after it."""
+    if batch.start is None:
         return None
     # resid_post of the block before is the same place, but comes first: the Start would undo an edit there.
     edited = edit.sites if edit is not None else frozenset()
-    return start if all(site >= Site(start.layer) for site in edited) else None
+    if any(site < Site(batch.start.layer) for site in edited):
+        return None
+    return batch.start.split_at(shared, batch.lengths)
+
+
+def _begun(
+    states: Tensor, hooks: Mapping[Site, Callable[[Tensor], Tensor]], layer: int
+) -> dict[Site, Callable[[Tensor], Tensor]]:
+    """The hook that puts known states in at a block's input, before what is hooked there already."""
+    edited = hooks.get(Site(layer))
+    # Recorded in inference mode, they could not be kept for a backward pass; a copy can.
+    known = states.clone() if torch.is_grad_enabled() else states
+    return {Site(layer): lambda x: edited(known) if edited else known}
 
 
 @contextmanager

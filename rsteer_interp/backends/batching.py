@@ -139,4 +139,11 @@ class Batching(ABC):
 
     def prepare(self, rows: Sequence[Tokens], layer: int, batch_size: int | None = None) -> Prepared:
         """Batches for a sweep of edits at or after block `layer`; where the backend can, each with the Start there."""
-        return Prepared(len(rows), tuple(self.batches(rows, lambda batch: batch, batch_size)))
+        return self.prepare_each(rows, [layer], batch_size)[layer]
+
+    def prepare_each(
+        self, rows: Sequence[Tokens], layers: Sequence[int], batch_size: int | None = None
+    ) -> dict[int, Prepared]:
+        """The same for sweeps at several layers, their Starts from one pass. Memory: layers x tokens x d_model x 4 bytes."""
+        plain = Prepared(len(rows), tuple(self.batches(rows, lambda batch: batch, batch_size)))
+        return dict.fromkeys(layers, plain)

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from rsteer_interp.backends.base import Backend, StopForward, adds_up
 from rsteer_interp.backends.batching import Prepared
 from rsteer_interp.backends.edits import At, Site
 from rsteer_interp.backends.key_values import share_prefix
-from rsteer_interp.batch import Start, Tokens
+from rsteer_interp.batch import Batch, Start, Tokens
 from rsteer_interp.errors import UserError
 
 
@@ -79,8 +80,12 @@ class HooksBackend(Backend):
         with ExitStack() as stack:
             for site in sorted(hooks):
                 stack.callback(self._install(site, hooks[site]).remove)
-            if keep == 0:
+            head = self.model.get_output_embeddings()
+            if keep == 0 and not use_cache:
                 stack.callback(self._install_stop(max(hooks)).remove)
+            elif keep == 0 and head is not None:
+                cache = DynamicCache(config=self.model.config) if cache is None else cache
+                stack.callback(head.register_forward_pre_hook(_stop).remove)
             try:
                 out = self.model(
                     input_ids=ids,
@@ -91,19 +96,23 @@ class HooksBackend(Backend):
                     logits_to_keep=max(keep, 1),
                 )
             except StopForward:
-                return None, None
-        return out.logits[:, -keep:], getattr(out, "past_key_values", None) if use_cache else None
+                return None, cache if use_cache else None
+        cache = getattr(out, "past_key_values", None) if use_cache else None
+        return out.logits[:, -keep:] if keep else None, cache
 
-    def prepare(self, rows: Sequence[Tokens], layer: int, batch_size: int | None = None) -> Prepared:
-        prepared = super().prepare(rows, layer, batch_size)
-        if layer == 0:
-            return prepared
-        out = []
-        for group, batch in prepared.batches:
-            record = _RecordAll(frozenset({Site(layer)}))
-            self.run(batch, record)
-            out.append((group, replace(batch, start=Start(layer, record.states[0]))))
-        return Prepared(prepared.n, tuple(out))
+    def prepare_each(
+        self, rows: Sequence[Tokens], layers: Sequence[int], batch_size: int | None = None
+    ) -> dict[int, Prepared]:
+        plain = Prepared(len(rows), tuple(self.batches(rows, lambda batch: batch, batch_size)))
+        found: dict[int, list[tuple[list[int], Batch]]] = {layer: [] for layer in layers}
+        for group, batch in plain.batches:
+            record = _RecordAll(frozenset(Site(layer) for layer in layers if layer))
+            if record.sites:
+                self.run(batch, record)
+            for layer in layers:
+                start = record.start(layer) if layer else None  # before the first block there is nothing to leave out
+                found[layer].append((group, replace(batch, start=start)))
+        return {layer: Prepared(len(rows), tuple(each)) for layer, each in found.items()}
 
     @contextmanager
     def _bypass(self, n_blocks: int) -> Iterator[None]:
@@ -136,14 +145,11 @@ class HooksBackend(Backend):
         )
 
     def _install_stop(self, last: Site) -> Any:
-        def stop(*_: Any) -> None:
-            raise StopForward
-
         # After the last wanted site: at the end of its block, or at its block's input when that is all that is wanted.
         layer = last.order[0]
         if last.point in ("attn_out", "mlp_out") or layer == self.n_layers:
-            return self.blocks[min(layer, self.n_layers - 1)].register_forward_hook(stop)
-        return self.blocks[layer].register_forward_pre_hook(stop)
+            return self.blocks[min(layer, self.n_layers - 1)].register_forward_hook(_stop)
+        return self.blocks[layer].register_forward_pre_hook(_stop)
 
     def _find_writers(self) -> list[tuple[nn.Module, nn.Module] | None]:
         """Per block, the two sub-modules whose outputs add up with the block's input to its output."""
@@ -198,17 +204,24 @@ def _adding_pair(
 
 @dataclass(frozen=True, eq=False)
 class _RecordAll:
-    """Keeps the states of a prompt pass at one site, all columns."""
+    """Keeps the states of a prompt pass at some sites, all columns, those of a shared prefix apart."""
 
     sites: frozenset[Site]
-    states: list[Tensor] = field(default_factory=list)
+    states: dict[tuple[str, Site], Tensor] = field(default_factory=dict)
 
     pointwise = True
 
     def __call__(self, x: Tensor, at: At) -> Tensor:
-        if at.phase == "prompt":
-            self.states.append(x.clone())
+        self.states[at.phase, at.site] = x.clone()
         return x
+
+    def start(self, layer: int) -> Start:
+        states = self.states["prompt", Site(layer)]
+        return Start(layer, states, self.states.get(("prefix", Site(layer)), states[:1, :0]))
+
+
+def _stop(*_: Any) -> None:
+    raise StopForward
 
 
 def _pass_on(*args: Any, **kwargs: Any) -> Tensor:

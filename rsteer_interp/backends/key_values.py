@@ -1,4 +1,4 @@
-"""Key-value caches of plain full attention: when a prefix may be shared, and one cache from several narrower ones."""
+"""Key-value caches of plain full attention: when a prefix may be shared, blocks left out, several caches joined."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def share_prefix(cache: Any, notes: list[str]) -> bool:
         f"template prefix not shared between prompts: cache layers are {', '.join(kinds) or type(cache).__name__}"
     )
     return False
+
+
+def fill_blank(cache: Any, n_blocks: int, length: int) -> None:
+    """Give the first blocks, which were left out and will be again, entries of that length: a cache's length is its first's."""
+    for layer in cache.layers[:n_blocks]:
+        layer.keys = layer.values = torch.zeros(1, 1, length, 1)
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
 
 
 def joined(

@@ -102,7 +102,7 @@ class TransformerLensBackend(Backend):
 
         names = {**self._hooks, **self._head_hooks}
         named = [(names[site], hook(hooks[site])) for site in sorted(hooks)]
-        if keep == 0:
+        if keep == 0 and not use_cache:
             named.append((self._stop_name(max(hooks)), stop))
         try:
             logits, cache = self.bridge.run_with_hooks(
@@ -117,7 +117,7 @@ class TransformerLensBackend(Backend):
             )
         except StopForward:
             return None, None
-        return logits[:, -keep:], cache if use_cache else None
+        return logits[:, -keep:] if keep else None, cache if use_cache else None
 
     def _stop_name(self, last: Site) -> str:
         # After the last wanted site: at the end of its block for a writer, else right there.

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, Rows
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.directions import MeanDifference, fit_directions
 from rsteer_interp.errors import UserError
