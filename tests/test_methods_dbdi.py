@@ -144,16 +144,18 @@ def test_the_layer_is_the_separable_one_unless_given() -> None:
 
 
 def test_of_a_plateau_the_earliest_layer_and_without_slack_the_best() -> None:
-    """The planted states, a little noisier, at the block input before too: there they are hardly less separable."""
+    """The block input before has the planted states too, but for one refused prompt, which looks answered there."""
     material = planted_material(strength=3.0)
-    early = Site(LAYER - 1)
-    fit = {}
-    for i, (name, x) in enumerate(material.fit.items()):
-        fit[name] = replace(x, states={**x.states, early: x.states[S] + 0.5 * draw(40, 32, seed=i).float()})
+    early, removed = Site(LAYER - 1), material.fit["removed"]
+    states = removed.states[S].clone()
+    states[removed.refused.nonzero()[0]] = states[removed.answered.nonzero()[0]]
+    fit = {name: replace(x, states={**x.states, early: x.states[S]}) for name, x in material.fit.items()}
+    fit["removed"] = replace(removed, states={**removed.states, early: states})
     plateau = replace(material, fit=fit)
     accuracy = Dbdi().directions(plateau).accuracy
     assert accuracy[LAYER] > accuracy[early.layer] > 0.8
-    assert Dbdi().directions(plateau).site == early and Dbdi(slack=0).directions(plateau).site == S
+    assert Dbdi(slack=2).directions(plateau).site == early and Dbdi(slack=0).directions(plateau).site == S
+    assert Dbdi(slack=2).directions(material).site == S  # noise alone at the early one is no plateau
 
 
 def test_too_few_prompts_are_named() -> None:
@@ -163,6 +165,9 @@ def test_too_few_prompts_are_named() -> None:
     )
     with pytest.raises(UserError, match="no refused prompts in the fit split of 'removed'"):
         Dbdi().fit(answered)
+    refused = {name: x.where(x.refused) for name, x in material.fit.items()}
+    with pytest.raises(UserError, match="no answered prompts in the fit splits of 'removed' and 'contrast'"):
+        Dbdi().fit(replace(material, fit=refused))
     few = {name: x.where(torch.arange(40) < 4) for name, x in material.fit.items()}
     with pytest.raises(UserError, match="5 folds"):
         Dbdi().fit(replace(material, fit=few))

@@ -82,7 +82,8 @@ class Dissociation:
     """Mean change of each read-out (log-odds in nats, probe in standard deviations within its sets) under each edit.
 
     A double dissociation is a table whose diagonal (execution on log-odds, detection on the probe) leaves its null and whose
-    rest does not. `overlap` is <r, g>: where it is large, no such claim can be made. `n` prompts.
+    rest does not. `overlap` is <r, g>: where it is large, no such claim can be made. A probe fitted on the sets that gave
+    detection is moved by it almost by construction; the cells off the diagonal are the test. `n` prompts.
     """
 
     effects: Mapping[tuple[Cause, ReadOut], AgainstRandom]
