@@ -5,8 +5,9 @@ Refusal Steering (arXiv 2512.16602), in the paper's order; every step is a resul
     1 scores      K sampled replies per prompt, judged: refusal confidence c(x); refusal-opening tokens from the replies
     2 directions  MD, WMD, RMD, WRMD (every registered estimator) at every block input, from last-prompt-token states; layer scores with their nulls
     3 finder      per method, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift
-    4 evaluation  base and steered greedy replies on prompts that nothing was fitted or chosen on; shift and KL
-    5 table, figures and one HTML page
+    4 evaluation  base and steered greedy replies on prompts that nothing was fitted or chosen on
+    5 answers     shift and KL of every method on benign conversations that the finder did not use
+    6 table, figures and one HTML page
 """
 
 from __future__ import annotations

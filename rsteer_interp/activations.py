@@ -13,7 +13,8 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
-from rsteer_interp.pooling import pooled
+from rsteer_interp.moments import Moments, reduce
+from rsteer_interp.pooling import Pooling, pooled
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,20 +54,47 @@ def last_states(
         backend.run(batch, both)
         return record.states
 
-    for group, states in backend.batches(rows, run):
+    for group, states in backend.spread(rows, run):
         for site, value in states.items():
-            if not bool(torch.isfinite(value).all()):
-                raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
-            out[site][group] = value
+            out[site][group] = checked(site, value)
         on_batch(len(group))
     return out
 
 
+def last_moments(
+    backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site], on_batch: Callable[[int], None] = lambda n: None
+) -> dict[Site, Moments]:
+    """Moments of the last-token states at each site, streamed: memory does not grow with the number of prompts.
+
+    Under torchrun every process streams its share and the moments are merged in the order of the ranks.
+    """
+    found = {site: Moments.empty(backend.d_model) for site in sites}
+
+    def run(batch: Batch) -> int:
+        record = RecordLast(frozenset(sites))
+        backend.run(batch, record)
+        for site in sites:
+            found[site] = found[site].add(checked(site, record.states[site]))
+        return len(batch)
+
+    for _, n in backend.spread(rows, run):
+        on_batch(n)
+    return {site: reduce(moments) for site, moments in found.items()}
+
+
+def checked(site: Site, states: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """The states, if they are finite; else UserError."""
+    if not bool(torch.isfinite(states).all()):
+        raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
+    return states
+
+
 @dataclass(frozen=True, eq=False)
-class RecordInstruction:
-    """Keeps the mean state over each prompt's instruction tokens, as float32 on CPU."""
+class RecordPooled:
+    """Keeps each prompt as one vector (see `pooling.pooled`), as float32 on CPU."""
 
     sites: frozenset[Site]
+    pooling: Pooling
     states: dict[Site, Float[Tensor, "row d"]] = field(default_factory=dict)
 
     pointwise = False
@@ -74,7 +102,7 @@ class RecordInstruction:
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         if at.phase == "prompt":
-            self.states[at.site] = pooled(x, at, "instruction").detach().to("cpu", torch.float32, copy=True)
+            self.states[at.site] = pooled(x, at, self.pooling).detach().to("cpu", torch.float32, copy=True)
         return x
 
 
@@ -82,43 +110,58 @@ def instruction_means(
     backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site], on_batch: Callable[[int], None] = lambda n: None
 ) -> dict[Site, Float[Tensor, "prompt d"]]:
     """Mean state over every prompt's instruction tokens at the given sites, in the order of the prompts."""
+    return pooled_states(backend, rows, sites, "instruction", on_batch)
+
+
+def pooled_states(
+    backend: Backend,
+    rows: Sequence[Tokens],
+    sites: Sequence[Site],
+    pooling: Pooling,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> dict[Site, Float[Tensor, "prompt d"]]:
+    """Every prompt as one vector per site, in the order of the prompts; one pass that stops after the last site."""
     out = {site: torch.empty(len(rows), backend.d_model) for site in sites}
 
     def run(batch: Batch) -> dict[Site, Tensor]:
-        record = RecordInstruction(frozenset(sites))
+        record = RecordPooled(frozenset(sites), pooling)
         backend.run(batch, record)
         return record.states
 
-    for group, states in backend.batches(rows, run):
+    for group, states in backend.spread(rows, run):
         for site, value in states.items():
-            out[site][group] = value
+            out[site][group] = checked(site, value)
         on_batch(len(group))
     return out
 
 
 @dataclass(frozen=True, eq=False)
 class RecordNorm:
-    """Running mean of the residual norm |h| over real prompt tokens, per site: the denominator of the relative dose."""
+    """Sum of the residual norm |h| over the real prompt tokens after the template prefix, and their number, per site."""
 
     sites: frozenset[Site]
-    totals: dict[Site, list[float]] = field(default_factory=dict)
+    totals: dict[Site, tuple[float, int]] = field(default_factory=dict)
 
     pointwise = True
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
-        if at.phase == "prompt":
-            total = self.totals.setdefault(at.site, [0.0, 0.0])
+        if at.phase != "decode":
             own = at.mask & (at.positions >= at.batch.span_end("prefix")[at.rows][:, None].to(x.device))
             norms = x.detach().double().norm(dim=-1)[own]
-            total[0] += float(norms.sum())
-            total[1] += norms.numel()
+            rows = len(at.batch) if at.phase == "prefix" else 1  # words that all rows begin with are run once for all
+            total, count = self.totals.get(at.site, (0.0, 0))
+            self.totals[at.site] = (total + rows * float(norms.sum()), count + rows * norms.numel())
         return x
 
 
 def mean_norms(backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site]) -> dict[Site, float]:
-    """Mean |h| at each site over the prompts' own tokens after the template prefix (which is left out, and with it the first
-    token, whose norm is an outlier in most models)."""
-    record = RecordNorm(frozenset(sites))
-    for _ in backend.batches(rows, lambda batch: backend.run(batch, record)):
-        pass
-    return {site: total / count for site, (total, count) in record.totals.items()}
+    """Mean |h| at each site, the denominator of the relative dose, over the prompts' own tokens after the template prefix
+    (which is left out, and with it the first token, whose norm is an outlier in most models)."""
+
+    def run(batch: Batch) -> dict[Site, tuple[float, int]]:
+        record = RecordNorm(frozenset(sites))
+        backend.run(batch, record)
+        return record.totals
+
+    found = [totals for _, totals in backend.spread(rows, run)]
+    return {site: sum(t[site][0] for t in found) / sum(t[site][1] for t in found) for site in sites}

@@ -18,6 +18,7 @@ from rsteer_interp.complete_folder import held, publish
 from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge
 from rsteer_interp.nulls import Rate
+from rsteer_interp.processes import is_first
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Prompt, load_prompts
 from rsteer_interp.refusal_scores import Reply, cut, reply_and_judge
@@ -63,8 +64,9 @@ def apply_steering(config: Config) -> Path:
         "provenance.json": record.model_dump_json(indent=1) + "\n",
         "summary.json": json.dumps(summary, indent=1) + "\n",
     }
-    with held(config.out, FILES, write=True) as place:
-        publish(config.out, place, FILES, {name: text.encode() for name, text in contents.items()})
+    if is_first():
+        with held(config.out, FILES, write=True) as place:
+            publish(config.out, place, FILES, {name: text.encode() for name, text in contents.items()})
     _print(summary)
     return config.out
 

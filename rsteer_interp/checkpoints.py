@@ -31,6 +31,7 @@ from rsteer_interp.demo_models import (
     quiet_libraries,
     read_manifest,
 )
+from rsteer_interp.processes import TENSOR_PARALLEL
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +253,7 @@ def load(
 
     device "auto": the accelerator (CUDA, MPS) where there is one, else the CPU. dtype "auto": bf16 on an accelerator
     (fp16 where it cannot, with a warning for a bf16 checkpoint), fp32 on the CPU. `device_map` goes straight to
-    `from_pretrained`, and the model is not moved afterwards. A model in memory is neither moved nor cast, but its mode
+    `from_pretrained`, and the model is not moved afterwards; "tp" is transformers' tensor parallel under torchrun. A model in memory is neither moved nor cast, but its mode
     changes.
     Raises CheckpointError, naming the checkpoint and the remedy.
     """
@@ -296,6 +297,9 @@ def _from_pretrained(
     else:
         options["local_files_only"] = True
     config = AutoConfig.from_pretrained(where, **options)
+    sharded = device_map == TENSOR_PARALLEL
+    if sharded:
+        options["distributed_config"], device_map = _tensor_parallel(checkpoint), None
     target = _usable_device(device)
     wanted = _auto_dtype(target) if dtype == "auto" else _parse_dtype(dtype)
     if str(wanted) == "torch.float16" and str(config.dtype).endswith("bfloat16"):
@@ -306,10 +310,24 @@ def _from_pretrained(
     model = AutoModelForCausalLM.from_pretrained(
         where, config=config, dtype=wanted, device_map=placed, use_safetensors=True, **options
     )
+    options.pop("distributed_config", None)
     tokenizer = checkpoint.tokenizer or AutoTokenizer.from_pretrained(where, **options)
-    if placed is None:
+    if placed is None and not sharded:
         cast("torch.nn.Module", model).to(target)
     return model, tokenizer
+
+
+def _tensor_parallel(checkpoint: Checkpoint) -> Any:
+    """transformers' own plan for the family, over all processes of this torchrun."""
+    import torch.distributed
+    from transformers.distributed import DistributedConfig
+
+    if not torch.distributed.is_initialized():
+        raise CheckpointError(
+            f"{checkpoint.name}: device_map '{TENSOR_PARALLEL}' shards the model over processes; "
+            "start the script with torchrun --nproc-per-node N"
+        )
+    return DistributedConfig(tp_plan="auto")
 
 
 @contextmanager

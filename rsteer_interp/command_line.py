@@ -9,6 +9,7 @@ from typing import TypeVar
 import tyro
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.processes import together
 
 ConfigT = TypeVar("ConfigT")
 
@@ -16,12 +17,15 @@ ConfigT = TypeVar("ConfigT")
 def run(config_type: type[ConfigT], function: Callable[[ConfigT], object], argv: Sequence[str] | None = None) -> int:
     """Exit code of `function(Config from argv)`: 0, 2 after a UserError (one line on stderr), 130 when interrupted.
 
+    Under torchrun the processes work together (see `processes`).
+
     The help text is the docstring of the analysis and of its Config's fields; nothing heavy is imported to print it.
     """
     description = sys.modules[config_type.__module__].__doc__
     config = tyro.cli(config_type, args=argv, description=description)
     try:
-        function(config)
+        with together(getattr(config, "device_map", None)):
+            function(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, Rows
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit
-from rsteer_interp.batch import Batch, Tokens
+from rsteer_interp.batch import Batch, Tokens, length_groups
 from rsteer_interp.measures import kl_divergence, masked_mean, refusal_log_odds, token_log_probs
 
 ANSWER_ROWS = 4  # rows at once where logits of a whole answer are held: rows x answer x vocabulary x 4 bytes
@@ -26,7 +27,7 @@ def log_odds(
 ) -> Float[Tensor, " prompt"]:
     """First-token refusal log-odds of every prompt: one pass, nothing is generated."""
     out = torch.zeros(len(rows), dtype=torch.float64)
-    for group, value in backend.batches(
+    for group, value in backend.spread(
         rows, lambda batch: refusal_log_odds(backend.logits(batch, edit)[:, -1], token_ids).cpu()
     ):
         out[group] = value
@@ -39,7 +40,7 @@ def answer_log_probs(
 ) -> Float[Tensor, " prompt"]:
     """Mean log-probability per token of each row's given answer, in nats: s(x) of the paper's L_g (section 3.4)."""
     out = torch.zeros(len(rows), dtype=torch.float64)
-    for group, value in backend.batches(
+    for group, value in backend.spread(
         rows, lambda batch: _mean_log_prob(batch, _answer_logits(backend, batch, edit)).cpu(), ANSWER_ROWS
     ):
         out[group] = value
@@ -56,20 +57,47 @@ class AnswerEffects:
 
 
 def answer_effects(
-    backend: Backend, rows: Sequence[Tokens], edit: Edit | None, on_batch: Callable[[int], None] = lambda n: None
+    backend: Backend, rows: Rows, edit: Edit | None, on_batch: Callable[[int], None] = lambda n: None
 ) -> AnswerEffects:
-    """Shift and KL from one base and one edited pass per batch (full distributions are never kept)."""
-    effects = AnswerEffects(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.float64))
+    """Shift and KL of one edit; see `effects_of_each`."""
+    return effects_of_each(backend, rows, [edit], on_batch)[0]
 
-    def run(batch: Batch) -> tuple[Tensor, Tensor]:
-        base, edited = _answer_logits(backend, batch, None), _answer_logits(backend, batch, edit)
-        shift = (_mean_log_prob(batch, edited) - _mean_log_prob(batch, base)).abs()
-        return shift.cpu(), masked_mean(kl_divergence(base, edited), _answer_columns(batch.answer_mask, batch)).cpu()
 
-    for group, (shift, kl) in backend.batches(rows, run, ANSWER_ROWS):
-        effects.shift[group], effects.kl[group] = shift, kl
+def effects_of_each(
+    backend: Backend,
+    rows: Rows,
+    edits: Sequence[Edit | None],
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> list[AnswerEffects]:
+    """Shift and KL of every edit, from one base pass and a pass per edit and batch (full distributions are never kept)."""
+    out = torch.zeros(len(edits), 2, len(rows), dtype=torch.float64)
+
+    def run(batch: Batch) -> Tensor:
+        base = _answer_logits(backend, batch, None)
+        return torch.stack([_effects(batch, base, batch, _answer_logits(backend, batch, edit)) for edit in edits]).cpu()
+
+    for group, values in backend.spread(rows, run, ANSWER_ROWS):
+        out[..., group] = values
         on_batch(len(group))
-    return effects
+    return [AnswerEffects(shift, kl) for shift, kl in out]
+
+
+def prompted_effects(
+    backend: Backend, rows: Sequence[Tokens], prompted: Sequence[Tokens], edit: Edit | None
+) -> AnswerEffects:
+    """Shift and KL of the same answers under other prompts, such as with a system prompt, and an edit."""
+    out = torch.zeros(2, len(rows), dtype=torch.float64)
+    for group in length_groups(rows, ANSWER_ROWS):
+        base, other = (backend.batch([each[i] for i in group]) for each in (rows, prompted))
+        edited = _answer_logits(backend, other, edit)
+        out[:, group] = _effects(base, _answer_logits(backend, base, None), other, edited).cpu()
+    return AnswerEffects(out[0], out[1])
+
+
+def _effects(batch: Batch, base: Tensor, other: Batch, edited: Tensor) -> Tensor:
+    """(2, row): shift and KL between the logits of the same answers; answers end both batches, so their columns agree."""
+    shift = (_mean_log_prob(other, edited) - _mean_log_prob(batch, base)).abs()
+    return torch.stack([shift, masked_mean(kl_divergence(base, edited), _answer_columns(batch.answer_mask, batch))])
 
 
 def _answer_logits(backend: Backend, batch: Batch, edit: Edit | None) -> Tensor:

@@ -2,14 +2,15 @@
 
 A condition is read from the prompt's tokens at a block input, before the first edited one, in the same forward pass that
 it gates; what it decides holds for the prompt's own tokens and for every decoding step (after CAST, arXiv 2409.05907, with
-a row for each prompt of a batch). The template prefix, which all prompts share, is never edited.
+a row for each prompt of a batch). The template prefix, which all prompts share, is never edited. `conditions.py` has
+CAST's own condition and the rules that make one gate of several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,27 @@ from rsteer_interp.nulls import Estimate
 from rsteer_interp.pooling import Pooling, pooled
 
 Score = Literal["projection", "cosine"]
+
+
+class Condition(Protocol):
+    """What is read of a prompt, where, and whether it holds given that."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def pooling(self) -> Pooling: ...
+
+    def holds(self, states: Float[Tensor, "row d"]) -> Bool[Tensor, " row"]: ...
+
+
+class Rule(Protocol):
+    """What opens a gate: the conditions it reads, and a decision per row from whether each of them holds."""
+
+    @property
+    def conditions(self) -> frozenset[Condition]: ...
+
+    def decide(self, held: Mapping[Condition, Bool[Tensor, " row"]]) -> Bool[Tensor, " row"]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,33 +72,49 @@ class Gate:
     def holds(self, states: Float[Tensor, "row d"]) -> Bool[Tensor, " row"]:
         return self.scores(states) > self.threshold
 
+    @property
+    def conditions(self) -> frozenset[Condition]:
+        return frozenset({self})
+
+    def decide(self, held: Mapping[Condition, Bool[Tensor, " row"]]) -> Bool[Tensor, " row"]:
+        return held[self]
+
 
 @dataclass(frozen=True, eq=False)
 class Gated:
-    """The edit on the rows for which the gate holds, from the end of the template prefix on; nothing on the others."""
+    """The edit on the rows for which the gate holds, from the end of the template prefix on; nothing on the others.
+
+    With `first_pass` False the prompt is only read, and the edit waits for the decoding steps (CAST, section 3: optional).
+    """
 
     edit: Edit
-    gate: Gate
+    gate: Rule
+    first_pass: bool = True
 
     pointwise = False
     leaves_prefix = True
 
     def __post_init__(self) -> None:
         first = min(self.edit.sites)
-        if self.gate.site > first:
-            raise UserError(f"the gate reads {self.gate.site}, after the first edit at {first}; read it before")
+        last = max(condition.site for condition in self.gate.conditions)
+        if last > first:
+            raise UserError(f"the gate reads {last}, after the first edit at {first}; read it before")
 
     @property
     def sites(self) -> frozenset[Site]:
-        return self.edit.sites | {self.gate.site}
+        return self.edit.sites | {condition.site for condition in self.gate.conditions}
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         if at.phase == "prefix":
             return x
-        if at.phase == "prompt" and at.site == self.gate.site:
-            at.memory[self] = self.gate.holds(pooled(x, at, self.gate.pooling))
-        if at.site not in self.edit.sites:
+        if at.phase == "prompt":
+            for condition in self.gate.conditions:
+                if condition.site == at.site:
+                    at.memory[self, condition] = condition.holds(pooled(x, at, condition.pooling)).cpu()
+        if at.site not in self.edit.sites or (at.phase == "prompt" and not self.first_pass):
             return x
+        if self not in at.memory:
+            at.memory[self] = self.gate.decide({c: at.memory[self, c] for c in self.gate.conditions})
         held = at.memory[self].to(x.device)[at.rows]
         if not bool(held.any()):
             return x

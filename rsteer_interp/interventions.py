@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,13 +20,27 @@ from torch import Tensor
 from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
 from rsteer_interp.errors import UserError
 
+Key = tuple[torch.device, torch.dtype]
+Copies = tuple[Tensor, Tensor]
+
+
+def _kept(copies: dict[Key, Copies], key: Key, make: Callable[[Key], Copies], of: tuple[Tensor | None, ...]) -> Copies:
+    """The copies for a device and dtype, made once; made at each call when a tensor that they are `of` takes gradients."""
+    if any(tensor is not None and tensor.requires_grad for tensor in of):
+        return make(key)  # what is trained changes between calls, and each needs a graph of its own
+    if key not in copies:
+        with torch.inference_mode(False):  # made in a plain pass, they must serve one with gradients too
+            copies[key] = make(key)
+    return copies[key]
+
 
 @dataclass(frozen=True, eq=False)
 class Affine:
     """The affine operator at one site: `h - kappa <h - ref, v> v + a v`, v scaled to unit length here.
 
     `amount` (a, in units of the residual stream) and `kappa` may be numbers or tensors over the rows of the batch, so
-    that one batch can hold many settings; then the edit is not pointwise (it depends on the row).
+    that one batch can hold many settings; then the edit is not pointwise (it depends on the row). Tensors that require a
+    gradient receive it, through the scaling to unit length too: of a direction, its part across the direction.
     """
 
     site: Site
@@ -34,10 +48,10 @@ class Affine:
     kappa: float | Float[Tensor, " row"] = 0.0
     reference: Float[Tensor, " d"] | None = None
     amount: float | Float[Tensor, " row"] = 0.0
-    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        norm = float(self.direction.double().norm())
+        norm = float(self.direction.detach().double().norm())
         if not norm > 0 or norm == float("inf"):
             raise UserError(f"direction at {self.site} has length {norm}; a direction needs a finite, nonzero length")
 
@@ -51,7 +65,7 @@ class Affine:
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         unit, offset = self._on(x)
-        kappa, amount = self._per_row(self.kappa, x, at), self._per_row(self.amount, x, at)
+        kappa, amount = self._per_row(self.kappa, unit, at), self._per_row(self.amount, unit, at)
         # Inner products in float32 at least: a half-precision stream loses the projection to rounding.
         projection = (x.to(unit.dtype) @ unit)[..., None] - offset
         return (x + ((amount - kappa * projection) * unit).to(x.dtype)).to(x.dtype)
@@ -59,17 +73,18 @@ class Affine:
     def _on(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Unit vector and <ref, v> on the tensor's device, in float32 (float64 for a float64 stream)."""
         key = (x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if key not in self._copies:
-            unit = self.direction.double() / self.direction.double().norm()
-            offset = unit @ self.reference.double() if self.reference is not None else torch.zeros(())
-            self._copies[key] = (unit.to(*key), offset.to(*key))
-        return self._copies[key]
+        return _kept(self._copies, key, self._scaled, (self.direction, self.reference))
+
+    def _scaled(self, key: Key) -> Copies:
+        unit = self.direction.double() / self.direction.double().norm()
+        offset = unit @ self.reference.double() if self.reference is not None else torch.zeros(())
+        return unit.to(*key), offset.to(*key)
 
     @staticmethod
-    def _per_row(value: float | Tensor, x: Tensor, at: At) -> float | Tensor:
+    def _per_row(value: float | Tensor, like: Tensor, at: At) -> float | Tensor:
         if not isinstance(value, Tensor):
             return value
-        return value.to(x.device, torch.float32)[at.rows.cpu()][:, None, None]
+        return value.to(like)[at.rows.cpu()][:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +162,7 @@ class AblateSubspace:
     basis: Float[Tensor, "k d"]
     into: Float[Tensor, "k d"] | None = None
     scale: float = 1.0
-    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False)
 
     pointwise = True
 
@@ -157,7 +172,7 @@ class AblateSubspace:
             raise UserError(
                 f"bases of shape {tuple(self.basis.shape)} and {tuple(into.shape)} at {self.site}; give equal"
             )
-        for rows in (self.basis.double(), into.double()):
+        for rows in (self.basis.detach().double(), into.detach().double()):
             off = (rows @ rows.T - torch.eye(len(rows)).to(rows)).abs().amax()
             if not float(off) < 1e-4:
                 raise UserError(f"the rows of a basis at {self.site} are not orthonormal (off by {float(off):.2g})")
@@ -168,11 +183,13 @@ class AblateSubspace:
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         key = (x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if key not in self._copies:
-            target = self.basis if self.into is None else self.into
-            self._copies[key] = (self.basis.to(*key), self.scale * target.to(*key))
-        basis, into = self._copies[key]
+        basis, into = _kept(self._copies, key, self._scaled, (self.basis, self.into))
         return (x - ((x.to(basis.dtype) @ basis.T) @ into).to(x.dtype)).to(x.dtype)
+
+    def _scaled(self, key: Key) -> Copies:
+        target = self.basis if self.into is None else self.into
+        # Copies: a basis that is an inference tensor itself could not serve a pass with gradients.
+        return self.basis.to(*key, copy=True), self.scale * target.to(*key, copy=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,7 @@ class Scatter:
     def of(cls, rows: Float[Tensor, "m d"]) -> Scatter:
         """R^T R, kept as rows while m <= d."""
         rows = rows.double()
-        return cls(rows=rows) if rows.shape[0] <= rows.shape[1] else cls(full=rows.T @ rows)
+        return cls(rows=rows) if rows.shape[0] <= rows.shape[1] else cls(full=gram(rows.T))
 
     @property
     def _held(self) -> Tensor:
@@ -54,7 +54,7 @@ class Scatter:
 
     @property
     def dense(self) -> Float[Tensor, "d d"]:
-        return self.rows.T @ self.rows if self.rows is not None else self._held
+        return gram(self.rows.T) if self.rows is not None else self._held
 
     @property
     def diagonal(self) -> Float[Tensor, " d"]:
@@ -76,6 +76,14 @@ class Scatter:
 
     def __truediv__(self, divisor: float) -> Scatter:
         return self * (1 / divisor)
+
+
+def gram(x: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
+    """x x^T; on a CPU by NumPy, which computes half of a symmetric product and mirrors it."""
+    if x.device.type != "cpu":
+        return x @ x.T
+    array = x.numpy()
+    return torch.from_numpy(array @ array.T)
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,7 +75,7 @@ def reply_and_judge(
             for i, (text, first, score, length) in enumerate(zip(*fields, strict=True))
         ]
 
-    for group, replies in backend.batches(rows, generate, max(1, backend.batch_size // n)):
+    for group, replies in backend.spread(rows, generate, max(1, backend.batch_size // n), wide=True):
         for j, i in enumerate(group):
             generated[i] = replies[j * n : (j + 1) * n]
         on_batch(len(group))

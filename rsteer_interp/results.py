@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from rsteer_interp.complete_folder import held, publish
 from rsteer_interp.errors import UserError
+from rsteer_interp.processes import from_first, is_first
 from rsteer_interp.provenance import Provenance, plain
 
 __all__ = ["Provenance", "Result", "key_digest", "load_result", "plain", "save_result", "stage"]
@@ -67,7 +69,8 @@ def save_result(
 ) -> Result:
     """Write a result, all of it or nothing; a result of the same kind already there is replaced, other files in the
     folder stay. Refuses numbers that are not finite, and to overwrite anything that is not a result of this kind."""
-    return _save(Path(folder), kind, data, tensors, provenance, None if key is None else key_digest(kind, key))
+    digest = None if key is None else key_digest(kind, key)
+    return from_first(lambda: _save(Path(folder), kind, data, tensors, provenance, digest))
 
 
 def load_result(folder: Path | str, *, kind: str | None = None, fingerprint: str | None = None) -> Result:
@@ -98,17 +101,18 @@ def stage(
 ) -> Result:
     """The result for `key` (all that the outcome depends on): from `folder` when it is there, else computed, saved.
 
-    This is how long runs resume. A second process that wants the same folder waits and then reads. `provenance` may be
-    a function; it is called after `compute`, so it sees the notes of the run.
+    This is how long runs resume. A second program that wants the same folder waits and then reads. `provenance` may be
+    a function; it is called after `compute`, so it sees the notes of the run. The processes of a torchrun compute
+    together; the first reads and writes, and all get its result.
     """
     folder, digest = Path(folder), key_digest(kind, key)
-    with held(folder, _FILES, write=True, lock="work"):
-        found = _found(folder, kind)
+    with held(folder, _FILES, write=True, lock="work") if is_first() else nullcontext():
+        found = from_first(lambda: _found(folder, kind))
         if found is not None and found.key == digest:
             return found
         data, tensors = compute()
         record = provenance if isinstance(provenance, Provenance) else provenance()
-        return _save(folder, kind, data, tensors, record, digest)
+        return from_first(lambda: _save(folder, kind, data, tensors, record, digest))
 
 
 def key_digest(kind: str, key: Mapping[str, Any]) -> str:

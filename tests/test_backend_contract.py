@@ -175,7 +175,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(error: type[Exceptio
         return backend.logits(batch)[:, -1]
 
     found: dict[int, torch.Tensor] = {}
-    for group, logits in backend.batches(rows, run):
+    for group, logits in backend.batches(rows, run, wide=True):
         assert not found.keys() & set(group)
         found |= dict(zip(group, logits, strict=True))
     assert backend.batch_size <= limit

@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rsteer_interp.batch import ChatTemplate, Tokens, length_groups, make_batch
+from rsteer_interp.batch import ChatTemplate, Tokens, length_groups, make_batch, thrifty_groups
 from rsteer_interp.errors import UserError
 from rsteer_interp.prompts import BUILT_IN, load_prompts
 from tests.tiny_models import tiny_tokenizer
@@ -55,6 +57,41 @@ def test_length_groups_hold_every_row_once() -> None:
     groups = list(length_groups(rows, 2))
     assert sorted(i for group in groups for i in group) == list(range(5))
     assert groups[0][0] == 1
+
+
+def _tokens_run(groups: list[list[int]], lengths: list[int], shared: int, cost: int) -> int:
+    return sum(len(g) * (max(lengths[i] for i in g) - shared) + cost for g in groups)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(6, 12), min_size=1, max_size=7),
+    size=st.integers(1, 8),
+    shared=st.integers(0, 5),
+    cost=st.integers(0, 20),
+)
+def test_thrifty_groups_are_the_cheapest_that_sort_by_length(
+    lengths: list[int], size: int, shared: int, cost: int
+) -> None:
+    rows = [Tokens(tuple(range(n)), 0, 0, n) for n in lengths]
+    found = list(thrifty_groups(rows, size, shared, cost))
+    assert sorted(i for group in found for i in group) == list(range(len(rows)))
+    assert all(len(group) <= size for group in found)
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    every = []
+    for cuts in range(2 ** (len(rows) - 1)):  # every way to cut the sorted rows
+        groups = [[order[0]]]
+        for k, i in enumerate(order[1:]):
+            if cuts >> k & 1:
+                groups.append([])
+            groups[-1].append(i)
+        if all(len(group) <= size for group in groups):
+            every.append(_tokens_run(groups, lengths, shared, cost))
+    if size >= len(rows):
+        assert _tokens_run(found, lengths, shared, cost) == min(every)
+    assert _tokens_run(found, lengths, shared, cost) <= _tokens_run(
+        list(length_groups(rows, size)), lengths, shared, cost
+    )
 
 
 def test_template_errors_name_the_remedy() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rsteer_interp.backends.edits import Edit, Site
-from rsteer_interp.evaluation import answer_effects, answer_log_probs, log_odds
+from rsteer_interp.evaluation import answer_effects, answer_log_probs, effects_of_each, log_odds
 from rsteer_interp.interventions import ablate, add
 from tests.tiny_models import FAMILIES, tiny_backend
 
@@ -34,6 +34,18 @@ def test_prepared_rows_give_the_same_numbers(family: str) -> None:
             torch.testing.assert_close(
                 answer_log_probs(backend, backend.prepare(rows, layer, 2), edit), plain, atol=1e-4, rtol=0
             )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_base_pass_serves_every_edit(family: str) -> None:
+    backend = tiny_backend(family)
+    rows, edits = backend.template().encode_all(TEXTS, ANSWERS), _edits(backend.d_model)
+    together = effects_of_each(backend, backend.prepare(rows, 2, 2), edits)
+    for found, edit in zip(together, edits, strict=True):
+        plain = answer_effects(backend, rows, edit)
+        torch.testing.assert_close(found.shift, plain.shift, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.kl, plain.kl, atol=1e-4, rtol=0)
+    assert float(together[1].kl.min()) > 1e-3
 
 
 def test_an_edit_before_the_start_runs_the_whole_model() -> None:

@@ -6,8 +6,8 @@ functions installed at sites; prefix sharing, decoding and sampling are written 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rsteer_interp.backends.edits import At, Edit, Phase, Site, leaves_prefix
+from rsteer_interp.backends.batching import Batching
+from rsteer_interp.backends.edits import At, Edit, Phase, Site, decide_ahead, leaves_prefix
+from rsteer_interp.backends.key_values import joined
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
-from rsteer_interp.batch import Batch, ChatTemplate, Start, Tokens, length_groups, make_batch
+from rsteer_interp.batch import Batch, Start
 from rsteer_interp.errors import UserError
 
 T = TypeVar("T")
@@ -66,21 +68,7 @@ class _Run:
         return {site: at_site(site) for site in self.edit.sites}
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Batches made once for many runs, with the indices of their rows among the `n` prompts."""
-
-    n: int
-    batches: tuple[tuple[list[int], Batch], ...]
-
-    def __len__(self) -> int:
-        return self.n
-
-
-Rows = Sequence[Tokens] | Prepared
-
-
-class Backend(ABC):
+class Backend(Batching):
     """A chat model that can be read and edited at Sites: `logits`, `generate`, `run` and the list of `sites`."""
 
     name: str
@@ -88,6 +76,9 @@ class Backend(ABC):
     def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str = "", batch_size: int = 64) -> None:
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
         self.batch_size = batch_size
+        self.prompts_run = (
+            0  # prompts that went through the model so far: what a method's fitting costs, on any machine
+        )
         self.notes: list[str] = []  # what this backend could not do and did another way; goes into the run's record
         self.stop_ids = _stop_ids(model, tokenizer)
         if prefers_onednn() and use_onednn(model):
@@ -113,11 +104,6 @@ class Backend(ABC):
     def withdraw(self, site: Site) -> None:
         """Offer a block's `attn_out` and `mlp_out` no longer: the self-check found that they are not what they should be."""
 
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where token ids go in."""
-
     @abstractmethod
     def _forward(
         self,
@@ -132,57 +118,6 @@ class Backend(ABC):
     ) -> tuple[Float[Tensor, "row keep vocab"] | None, Any]:
         """Run tokens after `cache` (None: none); logits of the last `keep` positions (0: none, and the pass may stop
         after the last hooked site) and the extended cache. Hooks must be gone afterwards, whatever happens."""
-
-    # -- template and batches ------------------------------------------------------------------------------------
-
-    @property
-    def max_length(self) -> int | None:
-        config: Any = getattr(self.model, "config", None)
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        for name in ("max_position_embeddings", "n_positions"):
-            if isinstance(getattr(text_config, name, None), int):
-                return int(getattr(text_config, name))
-        return None
-
-    def template(self, system: str | None = None, **options: Any) -> ChatTemplate:
-        """The model's chat template, bound to its tokenizer and context length."""
-        return ChatTemplate(self.tokenizer, system, options, self.max_length)
-
-    def batch(self, rows: Sequence[Tokens]) -> Batch:
-        pad = self.tokenizer.pad_token_id if getattr(self.tokenizer, "pad_token_id", None) is not None else 0
-        return make_batch(rows, int(pad), self.device)
-
-    def batches(
-        self, rows: Rows, run: Callable[[Batch], T], batch_size: int | None = None
-    ) -> Iterator[tuple[list[int], T]]:
-        """Call `run` on batches of similar length; yields (indices of rows, result). Out of memory halves the batch.
-
-        Batches that `prepare` made are used as they are.
-        """
-        if isinstance(rows, Prepared):
-            yield from ((group, run(batch)) for group, batch in rows.batches)
-            return
-        size = min(batch_size or self.batch_size, self.batch_size)
-        pending = list(length_groups(rows, size))
-        while pending:
-            group = pending.pop(0)
-            try:
-                result = run(self.batch([rows[i] for i in group]))
-            except (torch.OutOfMemoryError, MemoryError):
-                if len(group) == 1:
-                    raise UserError(
-                        f"out of memory with a single prompt of {len(rows[group[0]].ids)} tokens; use a smaller model, "
-                        "a smaller dtype or device_map='auto'"
-                    ) from None
-                self.batch_size = len(group) // 2
-                self.notes.append(f"out of memory at batch size {len(group)}; continued with {self.batch_size}")
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                remaining = sorted(i for later in [group, *pending] for i in later)
-                order = {i: n for n, i in enumerate(remaining)}
-                pending = [[remaining[j] for j in g] for g in length_groups([rows[i] for i in order], self.batch_size)]
-                continue
-            yield group, result
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -232,7 +167,9 @@ class Backend(ABC):
     def _prompt_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
         """Logits, cache and mask after the prompt tokens; the prefix that all rows share is computed once where exact."""
         self.check_sites(run.edit)
+        decide_ahead(run.edit, run.batch, run.memory)
         batch = run.batch
+        self.prompts_run += len(batch)
         rows = torch.arange(len(batch), device=batch.ids.device)
         shared = self._shared_width(batch, run.edit, keep)
         ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, None
@@ -248,7 +185,9 @@ class Backend(ABC):
         start = None if use_cache else _usable_start(batch.start, run.edit, ids.shape[1])
         if start is not None:
             edited = hooks.get(Site(start.layer))
-            hooks[Site(start.layer)] = lambda x: edited(start.states) if edited else start.states
+            # Recorded in inference mode, they could not be kept for a backward pass; a copy can.
+            states = start.states.clone() if torch.is_grad_enabled() else start.states
+            hooks[Site(start.layer)] = lambda x: edited(states) if edited else states
         with self._bypass(start.layer if start is not None else 0):
             logits, cache = self._forward(
                 ids, full_mask, positions, cache=cache, hooks=hooks, keep=keep, use_cache=use_cache
@@ -267,10 +206,6 @@ class Backend(ABC):
         assert n_blocks == 0, f"the {self.name} backend cannot leave out blocks"
         return nullcontext()
 
-    def prepare(self, rows: Sequence[Tokens], layer: int, batch_size: int | None = None) -> Prepared:
-        """Batches for a sweep of edits at or after block `layer`; where the backend can, each with the Start there."""
-        return Prepared(len(rows), tuple(self.batches(rows, lambda batch: batch, batch_size)))
-
     def _prefix_cache(self, run: _Run, shared: int) -> Any:
         """Cache of the shared prefix, computed on one row (edit included) and repeated over the rows."""
         batch = run.batch
@@ -282,12 +217,6 @@ class Backend(ABC):
         cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long, device=batch.ids.device))
         return cache
 
-    @property
-    @abstractmethod
-    def can_share_prefix(self) -> bool:
-        """Whether a prefix may be computed apart from padded rows: exact for plain full attention, not for sliding windows
-        or recurrent layers, whose state would count the padding between prefix and row."""
-
     def _generate(
         self,
         run: _Run,
@@ -296,9 +225,7 @@ class Backend(ABC):
         read: Callable[[Tensor], Tensor] | None,
     ) -> Replies:
         batch, device = run.batch, run.batch.ids.device
-        prompt_logits, cache, mask = self._prompt_pass(run, keep=1, use_cache=True)
-        assert prompt_logits is not None
-        logits = prompt_logits[:, -1]
+        logits, cache, mask = self._first_step(run)
         first = read(logits).cpu() if read is not None else None
         n = sampling.n if sampling else 1
         rows = torch.arange(len(batch), device=device).repeat_interleave(n)
@@ -335,6 +262,22 @@ class Backend(ABC):
             logits, positions = step_logits[:, -1], positions + 1
         return Replies(ids.cpu(), lengths.cpu(), log_probs.cpu(), first)
 
+    def _first_step(self, run: _Run) -> tuple[Tensor, Any, Tensor]:
+        """First logits, cache and mask of every row. Where the edit does not depend on the row, rows of like length run their
+        prompt pass together, without the padding of the longest, and decode in one batch all the same."""
+        batch, edit = run.batch, run.edit
+        parts = [list(range(len(batch)))]
+        if (edit is None or edit.pointwise) and self.can_share_prefix:
+            parts = self.groups(batch.rows, len(batch))
+        runs = [run] if len(parts) == 1 else [_Run(self.batch([batch.rows[i] for i in part]), edit) for part in parts]
+        passed = [self._prompt_pass(each, keep=1, use_cache=True) for each in runs]
+        logits = torch.cat([found[:, -1] for found, _, _ in passed if found is not None])
+        if len(parts) == 1:
+            return logits, passed[0][1], passed[0][2]
+        rows = [i for part in parts for i in part]
+        cache, mask = joined([cache for _, cache, _ in passed], [mask for _, _, mask in passed], rows)
+        return logits[torch.tensor(rows, device=logits.device).argsort()], cache, mask
+
     def decode(self, replies: Replies) -> list[str]:
         """Text of each reply, without special tokens."""
         return [
@@ -363,17 +306,6 @@ def adds_up(before: Tensor, a: Tensor, b: Tensor, after: Tensor) -> bool:
     size = before.abs() + a.abs() + b.abs()
     off = (before.double() + a.double() + b.double() - after.double()).abs()
     return bool((off <= 8 * torch.finfo(after.dtype).eps * size).all())
-
-
-def share_prefix(cache: Any, notes: list[str]) -> bool:
-    """Whether a cache holds plain full attention alone; if not, notes what it holds."""
-    kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
-    if kinds == ["DynamicLayer"]:
-        return True
-    notes.append(
-        f"template prefix not shared between prompts: cache layers are {', '.join(kinds) or type(cache).__name__}"
-    )
-    return False
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

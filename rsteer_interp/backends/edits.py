@@ -80,6 +80,10 @@ class Edit(Protocol):
     `pointwise`: the new value at a position depends on the value at that position alone (not on the row, the mask or
     other positions). Only then may a backend compute a prefix that all rows share once for all of them; or, up to the end
     of the template prefix, when the edit has `leaves_prefix = True`: it changes nothing there.
+
+    An edit that needs a pass of its own over the prompts, before they are edited, has `decide_ahead(batch, memory)`. It is
+    called before the prompt pass, when no hook is set (a pass inside a hook would run through the hooks of the pass around
+    it), with the memory that `At` brings.
     """
 
     @property
@@ -109,6 +113,10 @@ class Compose:
     def leaves_prefix(self) -> bool:
         return all(edit.pointwise or leaves_prefix(edit) for edit in self.edits)
 
+    def decide_ahead(self, batch: Batch, memory: dict[Any, Any]) -> None:
+        for edit in self.edits:
+            decide_ahead(edit, batch, memory)
+
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         for edit in self.edits:
             if at.site in edit.sites:
@@ -119,6 +127,13 @@ class Compose:
 def leaves_prefix(edit: Edit) -> bool:
     """Whether the edit says that it changes nothing inside the template prefix."""
     return bool(getattr(edit, "leaves_prefix", False))
+
+
+def decide_ahead(edit: Edit | None, batch: Batch, memory: dict[Any, Any]) -> None:
+    """What the edit wants done before a run, if it wants anything."""
+    decide = getattr(edit, "decide_ahead", None)
+    if decide is not None:
+        decide(batch, memory)
 
 
 def compose(*edits: Edit | None) -> Edit | None:

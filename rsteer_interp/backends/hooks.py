@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rsteer_interp.backends.base import Backend, Prepared, StopForward, adds_up, share_prefix
+from rsteer_interp.backends.base import Backend, StopForward, adds_up
+from rsteer_interp.backends.batching import Prepared
 from rsteer_interp.backends.edits import At, Site
+from rsteer_interp.backends.key_values import share_prefix
 from rsteer_interp.batch import Start, Tokens
 from rsteer_interp.errors import UserError
 

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, StopForward, adds_up, share_prefix
+from rsteer_interp.backends.base import Backend, StopForward, adds_up
 from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.key_values import share_prefix
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
 

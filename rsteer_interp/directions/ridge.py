@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsteer_interp.directions.band_form import solve_shifted
 from rsteer_interp.directions.base import Evidence
 from rsteer_interp.errors import UserError
-from rsteer_interp.moments import Moments, Scatter
+from rsteer_interp.moments import Moments, Scatter, gram
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def ridge_solve(sigma: Scatter, delta: Float[Tensor, " d"], penalty: float) -> F
     delta = delta.double()
     if sigma.rows is not None and penalty > 0:
         z = sigma.rows
-        inner = torch.cholesky_solve((z @ delta)[:, None], _cholesky(z @ z.T, penalty))[:, 0]
+        inner = torch.cholesky_solve((z @ delta)[:, None], _cholesky(gram(z), penalty))[:, 0]
         return (delta - z.T @ inner).div(penalty)
     if sigma.rows is not None and len(sigma.rows) < sigma.d:
         raise UserError(
@@ -125,20 +126,14 @@ def _cholesky(matrix: Float[Tensor, "m m"], penalty: float) -> Float[Tensor, "m 
 
 
 def ridge_path(delta: Float[Tensor, " d"], sigma: Scatter, penalties: Sequence[float]) -> Float[Tensor, "penalty d"]:
-    """(Sigma + lambda I)^-1 delta for every lambda > 0, from one eigendecomposition (of Z Z^T for a Sigma held as rows)."""
+    """(Sigma + lambda I)^-1 delta for every lambda > 0, from one reduction to band form (of Z Z^T for a Sigma held as rows)."""
     if not all(penalty > 0 for penalty in penalties):
         raise UserError(f"ridge penalties {list(penalties)} are not all positive; give positive numbers")
-    delta = delta.double()
+    delta, z = delta.double(), sigma.rows
+    if z is None or len(z) == 0:
+        return solve_shifted(sigma.dense, delta, penalties)
     ridge = torch.tensor(list(penalties), dtype=torch.float64, device=delta.device)[:, None]
-    path: Tensor
-    if sigma.rows is None:
-        values, vectors = torch.linalg.eigh(sigma.dense)
-        path = ((vectors.T @ delta) / (values + ridge)) @ vectors.T
-    else:
-        values, vectors = torch.linalg.eigh(sigma.rows @ sigma.rows.T)
-        coefficients = (vectors.T @ (sigma.rows @ delta)) / (values.clamp(min=0) + ridge)
-        path = (delta - coefficients @ vectors.T @ sigma.rows) / ridge
-    return path
+    return (delta - solve_shifted(gram(z), z @ delta, penalties) @ z) / ridge
 
 
 def null_space_share(vector: Float[Tensor, " d"], sigma: Scatter) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges.base import UNDECIDED, Verdict, parse_verdict
 from rsteer_interp.judges.rubric import rubric
+from rsteer_interp.processes import from_first
 
 TEMPERATURE, TOP_P = 0.6, 0.95
 _NO_KEY = "none"  # the client wants one; local servers do not
@@ -62,7 +63,7 @@ class EndpointJudge:
     def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         pairs = list(zip(prompts, responses, strict=True))
         questions = [(pair, vote) for pair in dict.fromkeys(pairs) for vote in range(self.votes)]
-        texts = dict(zip(questions, self._ask_all(questions), strict=True))
+        texts = dict(zip(questions, from_first(lambda: self._ask_all(questions)), strict=True))
         return [self._verdict([texts[pair, vote] for vote in range(self.votes)]) for pair in pairs]
 
     @staticmethod

@@ -101,7 +101,7 @@ class LocalJudge:
             logits = self.backend.logits(batch)[:, -1].double()
             return (logits[:, refusal] - logits[:, answer]).tolist()  # type: ignore[no-any-return]
 
-        for group, values in self.backend.batches(rows, run, _ROWS):
+        for group, values in self.backend.spread(rows, run, _ROWS):
             for i, value in zip(group, values, strict=True):
                 out[i] = value if math.isfinite(value) else 0.0
             self.on_batch(len(group))

@@ -11,6 +11,7 @@ from typing import Any
 
 from rsteer_interp.command_line import run
 from rsteer_interp.errors import UserError
+from rsteer_interp.processes import is_first
 from rsteer_interp.report.schema import KIND, read_reproduction
 from rsteer_interp.style import Drawing, save_figure
 
@@ -42,6 +43,8 @@ def draw_figures(result_folder: Path | str, out: Path | str, scripts: Path | str
     a model that does not refuse; a script that finds nothing to draw says so in one line and is passed over."""
     from rsteer_interp.results import load_result
 
+    if not is_first():
+        return []
     stored = load_result(result_folder)
     result = read(result_folder, stored.kind)
     written: list[Path] = []

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from rsteer_interp.processes import is_first
 from rsteer_interp.report.collection import Collection, collect, collect_reproduction
 from rsteer_interp.report.schema import Replies, Reproduction
 from rsteer_interp.report.words import lead, limits, percent, reproduction_record, study_record
@@ -43,16 +44,18 @@ class Head:
 
 def write_page(result_folder: Path | str, out_html: Path | str) -> Path:
     """Write the page of a "reproduce" result alone; its figures are those in RESULT/figures."""
-    return _write(collect_reproduction(result_folder), Path(out_html))
+    return _write(lambda: collect_reproduction(result_folder), Path(out_html))
 
 
 def write_overview(results: Path | str, out_html: Path | str, fingerprint: str | None = None) -> Path:
     """Write the page of everything in the folder `results` that belongs to one model (see `collect`)."""
-    return _write(collect(results, fingerprint), Path(out_html))
+    return _write(lambda: collect(results, fingerprint), Path(out_html))
 
 
-def _write(found: Collection, out: Path) -> Path:
-    text = render(found)
+def _write(read: Callable[[], Collection], out: Path) -> Path:
+    if not is_first():
+        return out
+    text = render(read())
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from rsteer_interp.report.page import write_page
 from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.finder import Screen, chosen_setting, find, random_cloud, steering_for
 from rsteer_interp.reproduction.presets import PRESETS
-from rsteer_interp.reproduction.report_split import evaluate
+from rsteer_interp.reproduction.report_split import answers, evaluate
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens, score
 from rsteer_interp.reproduction.summary import print_table, summary
 from rsteer_interp.reproduction.vectors import (
@@ -82,13 +82,14 @@ def _experiment(
     cloud = random_cloud(context, steerings[HEADLINE], _screen(context, select, vectors[HEADLINE], tokens))
     base = evaluate(context, "base", None, tokens)
     steered = {m: evaluate(context, m, s, tokens) for m, s in steerings.items()}
+    ordinary = answers(context, steerings)
     layer = best_layer(vectors[HEADLINE], context.backend.n_layers)
     density, vector = density_report(context, vectors[HEADLINE], layer)
     pca, points = pca_report(fit, fit_states, layer)
     data = summary(
         context,
-        base=base,
-        steered=steered,
+        base={**base, "answer_shift": None, "kl": None},
+        steered={m: {**evaluated, **ordinary[m]} for m, evaluated in steered.items()},
         steerings=steerings,
         doses={m: s.dose(select_states) for m, s in steerings.items()},
         found=found,

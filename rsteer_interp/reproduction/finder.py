@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import Rows
+from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.evaluation import answer_log_probs, log_odds

@@ -1,11 +1,12 @@
-"""Step 4: base and steered greedy replies on the report split, and what the edit does to ordinary answers."""
+"""Steps 4 and 5: base and steered greedy replies on the report split, and what the edits do to ordinary answers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rsteer_interp.evaluation import answer_effects
+from rsteer_interp.evaluation import ANSWER_ROWS, AnswerEffects, effects_of_each
 from rsteer_interp.nulls import Estimate, Rate
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import Reply, cut, reply_and_judge
@@ -15,7 +16,7 @@ from rsteer_interp.steering import Steering
 
 
 def evaluate(context: Context, label: str, steering: Steering | None, tokens: tuple[int, ...]) -> dict[str, Any]:
-    """Judged greedy replies per set, refusal rates with Wilson intervals, answer shift and KL; `label` names the step."""
+    """Judged greedy replies per set, and refusal rates with Wilson intervals; `label` names the step."""
 
     def compute() -> tuple[dict[str, Any], None]:
         edit = steering.edit() if steering is not None else None
@@ -40,20 +41,28 @@ def evaluate(context: Context, label: str, steering: Steering | None, tokens: tu
                     {"set": name, "prompt": text, **_written(context, name, group[0])}
                     for text, group in zip(texts, got, strict=True)
                 ]
-        return {"rates": rates, "replies": replies, **_answers(context, label, steering)}, None
+        return {"rates": rates, "replies": replies}, None
 
     key = {"steering": _key(steering), "tokens": tokens, "preset": str(context.preset)}
     return context.stage(f"4_evaluation_{label}", key, compute).data
 
 
-def _answers(context: Context, label: str, steering: Steering | None) -> dict[str, Any]:
-    edit = steering.edit() if steering is not None else None
-    if edit is None:
-        return {"answer_shift": None, "kl": None}
-    talks = context.conversations("report", context.preset.report_conversations)
-    with progress(f"answer shift, {label}", len(talks)) as advance:
-        effects = answer_effects(context.backend, context.encode(talks), edit, advance)
-    seed = context.seed
+def answers(context: Context, steerings: Mapping[str, Steering]) -> dict[str, Any]:
+    """What each method does to ordinary answers: shift L_g and KL on benign conversations that the finder did not use."""
+
+    def compute() -> tuple[dict[str, Any], None]:
+        talks = context.conversations("report", context.preset.report_conversations)
+        first = min(site.layer for steering in steerings.values() for site in steering.sites)
+        rows = context.backend.prepare(context.encode(talks), first, ANSWER_ROWS)
+        with progress("answer shift", len(talks)) as advance:
+            found = effects_of_each(context.backend, rows, [s.edit() for s in steerings.values()], advance)
+        return {m: _estimates(effects, context.seed) for m, effects in zip(steerings, found, strict=True)}, None
+
+    key = {"steerings": {m: _key(s) for m, s in steerings.items()}, "preset": str(context.preset)}
+    return context.stage("5_answers", key, compute).data
+
+
+def _estimates(effects: AnswerEffects, seed: int) -> dict[str, Any]:
     return {
         "answer_shift": asdict(Estimate.of(effects.shift.tolist(), seed=seed)),
         "kl": asdict(Estimate.of(effects.kl.tolist(), seed=seed)),

@@ -1,4 +1,4 @@
-"""Step 5: the result as plain data, and the table on the terminal."""
+"""Step 6: the result as plain data, and the table on the terminal."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.base import Backend, Prepared
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.batching import Prepared
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.interventions import AblateSubspace, Everywhere, add
 from rsteer_interp.measures import kl_divergence, refusal_log_odds

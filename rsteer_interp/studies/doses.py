@@ -34,7 +34,7 @@ class Dosed:
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         out = self.edit(x, at)
-        if at.phase == "prompt":
+        if at.phase != "decode":
             _count(self.totals, at, (out.float() - x.float()).norm(dim=-1, keepdim=True), x)
         return out
 
@@ -53,7 +53,7 @@ class RecordShares:
         return frozenset(self.bases)
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
-        if at.phase == "prompt":
+        if at.phase != "decode":
             parts = x.float() @ self.bases[at.site].to(x.device, torch.float32).T
             _count(self.totals, at, parts.square().cumsum(-1).sqrt(), x)
         return x
@@ -69,5 +69,6 @@ def _count(totals: Totals, at: At, sizes: Float[Tensor, "row pos k"], x: Float[T
         at.positions >= at.batch.span_end("prefix")[at.rows][:, None].to(x.device)
     )
     relative = (sizes / x.float().norm(dim=-1, keepdim=True))[own].double().cpu()
+    rows = len(at.batch) if at.phase == "prefix" else 1  # words that all rows begin with are run once for all
     total, count = totals.get(at.site, (torch.zeros(sizes.shape[-1], dtype=torch.float64), 0))
-    totals[at.site] = (total + relative.sum(0), count + len(relative))
+    totals[at.site] = (total + rows * relative.sum(0), count + rows * len(relative))

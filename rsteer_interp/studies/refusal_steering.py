@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.activations import mean_norms
-from rsteer_interp.backends.base import Prepared
+from rsteer_interp.backends.batching import Prepared
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import Displace, Everywhere, ablate, add

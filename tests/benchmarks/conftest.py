@@ -62,6 +62,12 @@ def backend(model_name: str) -> Backend:
 
 
 @pytest.fixture(scope="session")
+def small(model_name: str) -> Backend | None:
+    """A smaller model for the growth with size; none beside a tiny one."""
+    return load_backend("demo-small", "hooks", dtype="fp32", device="cpu") if model_name == "demo" else None
+
+
+@pytest.fixture(scope="session")
 def lens(model_name: str) -> Any:
     """The same weights inside TransformerLens."""
     return load_backend(model_name, "transformerlens", dtype="fp32", device="cpu")

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from rsteer_interp.activations import RecordLast, last_states
+from rsteer_interp.activations import last_moments, last_states
 from rsteer_interp.backends import load_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.batch import Tokens
-from rsteer_interp.moments import Moments
 from tests.benchmarks.rivals import KERNELS, kernel, sliced_by_hooks
 from tests.benchmarks.unshared import unshared
 
@@ -67,14 +66,8 @@ def stream(backend: Backend) -> dict[str, list[float]]:
     sites = [Site(layer) for layer in range(backend.n_layers + 1)]
 
     def into_moments(n: int, kept: list[Site]) -> None:
-        moments = {site: Moments.empty(backend.d_model) for site in kept}
         ids = torch.randint(10, 190, (n, 2), generator=torch.Generator().manual_seed(n)).tolist()
-        rows = [Tokens((*range(10, 22), *row), 12, 13, 14) for row in ids]
-        for start in range(0, n, backend.batch_size):
-            record = RecordLast(frozenset(kept))
-            backend.run(backend.batch(rows[start : start + backend.batch_size]), record)
-            for site in kept:
-                moments[site] = moments[site].add(record.states[site])
+        last_moments(backend, [Tokens((*range(10, 22), *row), 12, 13, 14) for row in ids], kept)
 
     into_moments(100, sites)
     base = _status("VmRSS")

@@ -1,4 +1,4 @@
-"""Seconds of a capture against the number of prompts, of tokens and of layers; the exponents are fitted in the report."""
+"""Seconds of a capture against prompts, tokens, layers and model size; the exponents are fitted in the report."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ TOKENS = (64, 128, 256, 512)
 PROMPTS = (8, 16, 32, 64)
 
 
-def test_scaling(benchmark: Any, backend: Backend, rows: list[Tokens], rounds: int) -> None:
-    def read(chosen: list[Tokens], layer: int) -> Cost:
-        return seconds(lambda: last_states(backend, chosen, [Site(layer)]))
+def _millions(backend: Backend) -> int:
+    """Parameters that a token is multiplied with: all but the embedding (tied to the output head here, which is not run)."""
+    embedding = backend.model.get_input_embeddings().weight.numel()
+    return round((sum(p.numel() for p in backend.model.parameters()) - embedding) / 1e6)
+
+
+def test_scaling(benchmark: Any, backend: Backend, small: Backend | None, rows: list[Tokens], rounds: int) -> None:
+    def read(chosen: list[Tokens], layer: int, of: Backend = backend) -> Cost:
+        return seconds(lambda: last_states(of, chosen, [Site(layer)]))
 
     depth = backend.n_layers
     quarters = [depth * k // 4 for k in (1, 2, 3, 4)]
@@ -26,6 +32,10 @@ def test_scaling(benchmark: Any, backend: Backend, rows: list[Tokens], rounds: i
         "tokens per prompt": {n: read(unshared(4, n, 190), depth) for n in TOKENS},
         "layers": {n: read(rows[::4], n) for n in quarters},
     }
+    if small is not None:
+        same = unshared(4, TOKENS[1], 190)
+        work["million parameters"] = {_millions(b): read(same, b.n_layers, b) for b in (small, backend)}
+        work["million parameters"][_millions(small)]()  # first touch
     spent: dict[str, dict[int, list[float]]] = {axis: {n: [] for n in costs} for axis, costs in work.items()}
 
     def one_round() -> None:
@@ -41,5 +51,6 @@ def test_scaling(benchmark: Any, backend: Backend, rows: list[Tokens], rounds: i
     benchmark.extra_info["scaled_work"] = {
         "prompts": "chat prompts of the built-in sets, a shared template prefix",
         "tokens per prompt": "4 prompts, no shared prefix",
+        "million parameters": "of the blocks; 4 prompts of 128 tokens, no shared prefix",
         "layers": f"{len(rows[::4])} chat prompts, read at one depth, where the pass stops",
     }

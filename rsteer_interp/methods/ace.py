@@ -1,0 +1,141 @@
+"""ACE (arXiv 2411.09003): refusal as an affine function, h' = h - proj_r(h) + proj_r(r-) + alpha r.
+
+r = r+ - r- is a difference of class means with its length kept and r- the mean of the complying class. The component along
+r is then the same for every prompt: at alpha = 0 that of the average complying prompt, at alpha = 1 that of the average
+refused one. CAA, h' = h + alpha r, adds to whatever component a prompt has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from rsteer_interp.backends.base import Backend, Rows
+from rsteer_interp.backends.edits import Edit, Site
+from rsteer_interp.directions import MeanDifference, fit_directions
+from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import log_odds
+from rsteer_interp.interventions import add, set_component
+from rsteer_interp.methods.base import Fitted, Material, Treatment
+from rsteer_interp.methods.refusal_steering import best_layers, evidence
+from rsteer_interp.nulls import Estimate, random_unit_vectors
+from rsteer_interp.selection import steerable_layers
+
+Vectors = Mapping[Site, Float[Tensor, " d"]]
+
+
+def ace_edit(directions: Vectors, references: Vectors, alpha: float | Float[Tensor, " row"]) -> Edit:
+    """The affine operator with kappa = 1, ref = r- and a = alpha |r| at each site (ACE, its main equation); idempotent.
+
+    `directions` are r = r+ - r- with their lengths, `references` are r-. Reference 0 and alpha = 0 is directional ablation.
+    """
+    return set_component(directions, references, _amounts(directions, alpha))
+
+
+def caa_edit(directions: Vectors, alpha: float | Float[Tensor, " row"]) -> Edit:
+    """Contrastive activation addition h' = h + alpha r at each site, r with its length: what ACE is compared with."""
+    return add(directions, _amounts(directions, alpha))
+
+
+def _amounts(directions: Vectors, alpha: float | Tensor) -> dict[Site, float]:
+    # A tensor of alphas gives tensors over the rows, which both operators take; numbers stay numbers.
+    return {site: alpha * float(r.double().norm()) for site, r in directions.items()}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """How far ACE evens out prompts that CAA leaves apart, at one alpha.
+
+    `ratio` is the variance of refusal log-odds over prompts under ACE over that under CAA, with a bootstrap interval over
+    prompts (paired); below 1 speaks for the paper's claim. `null` holds the ratios of random directions of equal length about
+    the same references: what fixing just any component does. Both variances in squared nats.
+    """
+
+    alpha: float
+    ratio: Estimate
+    ace_variance: float
+    caa_variance: float
+    null: tuple[float, ...]
+
+
+def standardisation(
+    backend: Backend,
+    rows: Rows,
+    token_ids: Sequence[int],
+    directions: Vectors,
+    references: Vectors,
+    alpha: float,
+    *,
+    n_random: int = 3,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> Standardisation:
+    """Run the prompts under ACE, under CAA and under both along random directions: 2 (1 + n_random) passes.
+
+    Prompts should be of both kinds. Log-odds near their bounds hide spread: judge an alpha whose mean lies inside.
+    """
+
+    def both(vectors: Vectors) -> tuple[Tensor, Tensor]:
+        edits = ace_edit(vectors, references, alpha), caa_edit(vectors, alpha)
+        ace, caa = (log_odds(backend, rows, token_ids, edit) for edit in edits)
+        return ace, caa
+
+    ace, caa = both(directions)
+    null = []
+    for draw in range(n_random):
+        units = random_unit_vectors(len(directions), backend.d_model, seed + draw)
+        others = {s: u * r.double().norm() for (s, r), u in zip(directions.items(), units, strict=True)}
+        a, b = both(others)
+        null.append(float(a.var() / b.var()))
+    ratio = variance_ratio(ace, caa, n_draws=n_draws, seed=seed)
+    return Standardisation(alpha, ratio, float(ace.var()), float(caa.var()), tuple(null))
+
+
+def variance_ratio(
+    a: Float[Tensor, " prompt"], b: Float[Tensor, " prompt"], *, n_draws: int = 2000, seed: int = 0
+) -> Estimate:
+    """var(a) / var(b) over the same prompts, with the 95 % percentile interval of a paired bootstrap.
+
+    UserError for fewer than three prompts or equal values of b.
+    """
+    x, y = a.double().numpy(), b.double().numpy()
+    if len(x) < 3 or np.ptp(y) == 0:
+        raise UserError(f"a ratio of variances needs three prompts or more that differ (n = {len(x)}); add prompts")
+    index = np.random.default_rng(seed).integers(len(x), size=(n_draws, len(x)))
+    below = y[index].var(axis=1)
+    # A draw of equal prompts has no ratio; it is as rare as n^(1 - n).
+    low, high = np.quantile(x[index].var(axis=1)[below > 0] / below[below > 0], [0.025, 0.975])
+    return Estimate(float(x.var() / y.var()), float(low), float(high), len(x))
+
+
+@dataclass(frozen=True)
+class ACE:
+    """ACE at the layer that reads refusal best on select, at every position and decoding step.
+
+    r+ is the mean of the refused and r- that of the answered prompts of the set whose refusals are to go and of its contrast
+    (the paper's are harmful and harmless prompts: there the refusal to be removed is another one). Strength s is
+    alpha = 1 - s: at 1 every prompt has the component of the average answered one, and each further 1 takes it another |r|
+    away from refusal. Below 1 it would lift ordinary prompts towards refusal, so it starts there.
+    """
+
+    name: ClassVar[str] = "ace"
+    label: ClassVar[str] = "affine concept editing (ACE)"
+    source: ClassVar[str] = "arXiv 2411.09003"
+    strengths: ClassVar[tuple[float, ...]] = (1.0, 1.5, 2.0, 3.0)
+
+    k: int = 1
+    """How many of the best layers; the authors' code edits one or all."""
+
+    def fit(self, material: Material) -> Fitted:
+        """Closed form from the states in the material; the model is not run."""
+        seen = evidence(material, [Site(layer) for layer in steerable_layers(material.n_layers)])
+        found = fit_directions(MeanDifference(), seen)
+        sites = [Site(layer) for layer in best_layers(material, found, self.k)]
+        directions = {site: found[site].vector for site in sites}
+        references = {site: seen[site].complying.mean for site in sites}
+        return lambda strength: Treatment(ace_edit(directions, references, 1 - strength))

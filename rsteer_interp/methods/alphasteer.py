@@ -1,0 +1,269 @@
+"""AlphaSteer (arXiv 2506.07022): a linear gate in the null space of the prompts to be left alone, times one direction.
+
+The paper learns Delta = P Delta~, P the projector on the smallest singular directions of the protected states H_b and Delta~
+the ridge solution of (H_m P) Delta~ = R. Every row of R is the same vector r, so Delta has rank one, and the edit is
+
+    h' = h + lambda <h_last, w> r        w = pinv(X^T X + 10 P) X^T 1,   X = H_m P
+
+the ridge regression, without intercept, of "1 on the prompts to be edited" inside the null space. It is made once, in the
+prompt pass, from the last prompt token's state at the block input, and added to all prompt positions; decoding is unedited.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rsteer_interp.activations import last_states
+from rsteer_interp.backends.edits import At, Site, compose
+from rsteer_interp.directions import MeanDifference, fit_directions
+from rsteer_interp.directions.ridge import ridge_solve
+from rsteer_interp.errors import UserError
+from rsteer_interp.methods.base import Examples, Fitted, Material, Treatment
+from rsteer_interp.methods.refusal_steering import evidence
+from rsteer_interp.methods.selective import band, norms
+from rsteer_interp.moments import Moments, Scatter
+from rsteer_interp.nulls import Estimate
+from rsteer_interp.pooling import pooled
+from rsteer_interp.spectrum import EnergyShares, energy_shares, spectrum
+
+PENALTY = 10.0  # the authors' code, in squared activation units
+
+
+@dataclass(frozen=True, eq=False)
+class NullSpace:
+    """The projector P = I - U^T U on the smallest singular directions of the protected states, held as what it removes.
+
+    `removed` is U, orthonormal rows; `origin` is what states are measured from: 0 in the paper, the protected mean when
+    centred. P is what `project` multiplies with.
+    """
+
+    removed: Float[Tensor, "k d"]
+    origin: Float[Tensor, " d"]
+
+    @classmethod
+    def of(cls, protected: Moments, null: float, centred: bool = False) -> NullSpace:
+        """P of rank round(null * d), from the second moment about the origin or, centred, about the mean.
+
+        With fewer protected states than (1 - null) d the second moment is singular and which of its zero directions to take
+        would be left to rounding: then all directions in which there are states are removed, and P has a larger rank.
+        """
+        if not 0 < null <= 1:
+            raise UserError(f"the null fraction is {null:g}; choose a share of the dimensions above 0, up to 1")
+        if protected.count < 2:
+            raise UserError(f"{protected.count} protected prompts give no null space; add prompts to be left alone")
+        # The second moment about the origin is the scatter with the mean as one more row.
+        about = protected if centred else _about_origin(protected)
+        components = spectrum(about).components[: protected.d - round(null * protected.d)]
+        return cls(components, protected.mean if centred else torch.zeros_like(protected.mean))
+
+    @property
+    def rank(self) -> int:
+        return int(self.removed.shape[1] - self.removed.shape[0])
+
+    @property
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """P as a dense matrix: d x d float64 numbers."""
+        return torch.eye(self.removed.shape[1]).to(self.removed) - self.removed.T @ self.removed
+
+    def project(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """(h - origin) P in float64."""
+        x = states.double() - self.origin
+        return x - (x @ self.removed.T) @ self.removed
+
+
+def _about_origin(moments: Moments) -> Moments:
+    mean = Scatter(rows=moments.mean[None] * math.sqrt(moments.weight))
+    zero = torch.zeros_like(moments.mean)
+    return Moments(moments.count, moments.weight, moments.squared_weight, zero, moments.scatter + mean)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearGate:
+    """The score <h, w> - offset of a prompt's state: about 1 on prompts to be edited, about 0 on protected ones."""
+
+    weights: Float[Tensor, " d"]
+    offset: float
+
+    def scores(self, states: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        wide = torch.float64 if states.device.type == "cpu" else torch.float32
+        return states.to(wide) @ self.weights.to(states.device, wide) - self.offset
+
+
+def linear_gate(edited: Float[Tensor, "n d"], space: NullSpace, penalty: float = PENALTY) -> LinearGate:
+    """w = pinv(X^T X + penalty P) X^T 1 with X = H_m P; the offset is <origin, w>, 0 in the paper's uncentred form.
+
+    X lies in the range of P, so there the matrix is X^T X + penalty I and the pseudo-inverse is its ridge solution.
+    """
+    x = space.project(edited)
+    if not float(x.square().sum()) > 1e-12 * float(edited.double().square().sum()):
+        raise UserError(
+            f"nothing of the prompts to be edited lies in the null space (rank {space.rank}); raise the null fraction"
+        )
+    w = ridge_solve(Scatter.of(x), x.sum(0), penalty)
+    return LinearGate(w, float(space.origin @ w))
+
+
+def steering_matrix(
+    edited: Float[Tensor, "n d"], space: NullSpace, targets: Float[Tensor, "n d"], penalty: float = PENALTY
+) -> Float[Tensor, "d d"]:
+    """Delta = P pinv(X^T X + penalty P) X^T R for a target per prompt (rows of R); the edit is lambda (h - origin) Delta.
+
+    Equal targets r give w r^T of `linear_gate`, which needs d numbers in place of d^2.
+    """
+    x = space.project(edited)
+    # pinv(X^T X + c P) X^T = X^T (X X^T + c I)^-1: n x n in place of d x d.
+    inner: Tensor = torch.linalg.solve(x @ x.T + penalty * torch.eye(len(x)).to(x), targets.double())
+    return x.T @ inner
+
+
+@dataclass(frozen=True, eq=False)
+class LastTokenShift:
+    """h' = h + (<h_last, w> - offset) shift at the prompt's positions, h_last the last prompt token's state at this site.
+
+    In the prompt pass alone, and not on a given answer, which stands where decoding steps would be. The template prefix is
+    left as it is unless `prefix` (the paper's version): a prefix that depends on the prompt's end cannot be shared
+    between prompts.
+    """
+
+    site: Site
+    gate: LinearGate
+    shift: Float[Tensor, " d"]
+    prefix: bool = False
+
+    pointwise = False
+
+    @property
+    def leaves_prefix(self) -> bool:
+        return not self.prefix
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset({self.site})
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        if at.phase != "prompt":
+            return x
+
+        def end(span: str) -> Tensor:
+            return at.batch.span_end(span).to(x.device)[at.rows][:, None]
+
+        own = at.mask & (at.positions < end("prompt"))
+        if not self.prefix:
+            own = own & (at.positions >= end("prefix"))
+        scores = self.gate.scores(pooled(x, at, "last"))
+        moved = (scores[:, None] * self.shift.to(scores)).to(x.dtype)
+        return torch.where(own[..., None], x + moved[:, None], x)
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """How much of the edit reaches prompts that it should not: |Delta h_b| / |Delta h_m|, means over held-out prompts.
+
+    Delta has rank one, so this is the ratio of mean |score|. `ratios` by set, with a bootstrap interval over the prompts of
+    both sides and n those of the set. `rank` is P's; null = 1 (P = I) is the ridge gate without a null space, the null to
+    compare with. `energy` says what the protected second moment is about (mean and largest coordinates).
+    """
+
+    null: float
+    centred: bool
+    rank: int
+    ratios: Mapping[str, Estimate]
+    energy: EnergyShares
+
+
+def leakage(
+    material: Material,
+    site: Site,
+    extra: Mapping[str, Sequence[str]] | None = None,
+    *,
+    nulls: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.8, 0.9, 1.0),
+    penalty: float = PENALTY,
+    seed: int = 0,
+) -> list[Leakage]:
+    """Leakage at a site for every null fraction, uncentred (the paper's) and centred; fitted on fit, read on select.
+
+    The protected sets, and `extra` prompts by name (such as unusual ones), for which the model is run once.
+    """
+    edited, protected = _classes(material, material.fit)
+    moments = Moments.of(protected[site])
+    held = {name: material.select[name].states[site] for name in (material.keep, *material.ordinary)}
+    for name, texts in (extra or {}).items():
+        held[name] = last_states(material.backend, material.template.encode_all(texts), [site])[site]
+    wanted = _classes(material, material.select)[0][site]
+    found = []
+    for centred in (False, True):
+        for null in nulls:
+            space = NullSpace.of(moments, null, centred)
+            gate = linear_gate(edited[site], space, penalty)
+            ratios = {n: _mean_ratio(gate.scores(x).abs(), gate.scores(wanted).abs(), seed) for n, x in held.items()}
+            found.append(Leakage(null, centred, space.rank, ratios, energy_shares(moments)))
+    return found
+
+
+def _mean_ratio(a: Float[Tensor, " n"], b: Float[Tensor, " m"], seed: int, n_draws: int = 2000) -> Estimate:
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"a ratio with an interval needs two prompts on each side ({len(a)} and {len(b)}); add prompts")
+    x, y = a.double().numpy(), b.double().numpy()
+    rng = np.random.default_rng(seed)
+    above, below = (v[rng.integers(len(v), size=(n_draws, len(v)))].mean(1) for v in (x, y))
+    low, high = np.quantile(above / below, [0.025, 0.975])
+    return Estimate(float(x.mean() / y.mean()), float(low), float(high), len(x))
+
+
+def _classes(material: Material, examples: Mapping[str, Examples]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+    """States of the refused prompts whose refusals are to go; and of those to be left alone."""
+    remove, contrast = examples[material.remove], examples[material.contrast]
+    parts = [examples[name] for name in (material.keep, *material.ordinary)] + [contrast.where(contrast.answered)]
+    edited = remove.where(remove.refused).states
+    return dict(edited), {site: torch.cat([x.states[site] for x in parts]) for site in edited}
+
+
+@dataclass(frozen=True)
+class AlphaSteer:
+    """Edited are the refused prompts of the set whose refusals are to go; protected the set whose refusals stay, the
+    ordinary sets and the answered contrast; r = -|resid| v, v the unit mean difference, away from refusal.
+
+    Strength: |edit| / |resid| on a prompt with <h, w> = 1, at each layer of the band. The paper chooses layers by model, a third
+    of them between 0.18 and 0.68 of the depth, and null fractions of 0.3 to 0.6 by layer; here one fraction.
+    """
+
+    name: ClassVar[str] = "alphasteer"
+    label: ClassVar[str] = "AlphaSteer"
+    source: ClassVar[str] = "arXiv 2506.07022"
+    strengths: ClassVar[tuple[float, ...]] = (0.04, 0.08, 0.12, 0.2)
+
+    null: float = 0.6
+    """Share of the dimensions that P keeps; with few protected prompts it keeps more (see NullSpace)."""
+    centred: bool = False
+    """Measure states from the protected mean: the paper's uncentred P is mostly about that mean and a few huge coordinates."""
+    penalty: float = PENALTY
+    depth: tuple[float, float] = (0.25, 0.6)
+    """The layers that are steered, as shares of the depth."""
+    prefix: bool = False
+    """Whether the template prefix is moved too, as in the paper; it is left alone unless asked, so that it can be shared."""
+
+    def fit(self, material: Material) -> Fitted:
+        """One forward pass over the refused fit prompts, for |resid|; all else from the states in the material."""
+        sites = band(material.n_layers, self.depth)
+        units = {site: d.unit for site, d in fit_directions(MeanDifference(), evidence(material, sites)).items()}
+        sizes, gates = norms(material, sites), self.gates(material, sites)
+
+        def treatment(strength: float) -> Treatment:
+            shifts = {site: -strength * sizes[site] * units[site] for site in sites}
+            return Treatment(compose(*(LastTokenShift(s, gates[s], shifts[s], self.prefix) for s in sites)))
+
+        return treatment
+
+    def gates(self, material: Material, sites: Sequence[Site]) -> dict[Site, LinearGate]:
+        """The linear gate of each site."""
+        edited, protected = _classes(material, material.fit)
+        spaces = {site: NullSpace.of(Moments.of(protected[site]), self.null, self.centred) for site in sites}
+        return {site: linear_gate(edited[site], spaces[site], self.penalty) for site in sites}

@@ -1,0 +1,72 @@
+"""One method on the select split: every strength tried, its own best one, and the one that matches the others' removal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rsteer_interp.methods import Treatment
+from rsteer_interp.methods.base import Fitted
+from rsteer_interp.prompts import Prompt
+from rsteer_interp.studies.method_comparison.reading import Reading
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A strength with its shares of refused select prompts: removed (read as answered), kept (still read as refused)."""
+
+    strength: float
+    removed: float
+    kept: float
+    kl: float
+
+    @property
+    def score(self) -> float:
+        """Youden's J of removing the one refusal and keeping the other: 1 is perfect, 0 is no selectivity."""
+        return self.removed + self.kept - 1
+
+
+@dataclass(frozen=True)
+class Chosen:
+    best: Trial
+    matched: float | None
+    """Strength at which the share removed equals the target, by linear interpolation between trials; None out of reach."""
+    trials: tuple[Trial, ...]
+
+
+def try_strengths(
+    reading: Reading, fitted: Fitted, strengths: Sequence[float], talks: Sequence[Prompt], screened: int
+) -> tuple[Trial, ...]:
+    """Trials at 0 and at every strength, on at most `screened` refused select prompts of either set."""
+    material = reading.material
+    texts = {
+        name: material.select[name].where(material.select[name].refused).texts[:screened]
+        for name in (material.remove, material.keep)
+    }
+
+    def trial(strength: float) -> Trial:
+        treatment = fitted(strength) if strength else Treatment()
+        still = {name: reading.refused(name, texts[name], treatment).double().mean() for name in texts}
+        kl = float(reading.effects(talks, treatment).kl.mean()) if strength else 0.0
+        return Trial(strength, 1 - float(still[material.remove]), float(still[material.keep]), kl)
+
+    return tuple(trial(strength) for strength in (0.0, *strengths))
+
+
+def choose(trials: Sequence[Trial], *, target: float, bound: float) -> Chosen:
+    """Best: the largest score among strengths whose KL is within the bound (of all, when none is), then the smallest KL."""
+    tried = [t for t in trials if t.strength]
+    coherent = [t for t in tried if t.kl <= bound] or tried
+    best = max(coherent, key=lambda t: (round(t.score, 12), -t.kl))
+    return Chosen(best, _matching(trials, target), tuple(trials))
+
+
+def _matching(trials: Sequence[Trial], target: float) -> float | None:
+    if len(trials) < 3:
+        return None  # a method without a knob removes what it removes
+    for low, high in pairwise(trials):
+        if low.removed <= target <= high.removed and high.removed > low.removed:
+            share = (target - low.removed) / (high.removed - low.removed)
+            return low.strength + share * (high.strength - low.strength)
+    return None

@@ -1,0 +1,435 @@
+"""AlphaSteer: the projector, the rank-one gate, its leakage, and an edit of the prompt pass from each row's last token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rsteer_interp.activations import last_states, mean_norms
+from rsteer_interp.backends.edits import Compose, Edit, Site, compose, leaves_prefix
+from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import answer_log_probs, log_odds
+from rsteer_interp.interventions import AtPositions, add
+from rsteer_interp.methods import Examples, Material, Method
+from rsteer_interp.methods.alphasteer import (
+    AlphaSteer,
+    LastTokenShift,
+    LinearGate,
+    NullSpace,
+    leakage,
+    linear_gate,
+    steering_matrix,
+)
+from rsteer_interp.methods.refusal_steering import evidence
+from rsteer_interp.methods.selective import band
+from rsteer_interp.moments import Moments
+from rsteer_interp.nulls import cosine
+from rsteer_interp.prompts import BUILT_IN, Prompt, load_prompts
+from tests.planted_material import planted_material
+from tests.tiny_models import KINDS, PROMPTS, Kind, tiny_backend, tiny_rows
+
+TOKENS = (5, 9, 30)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def states(seed: int, n: int, d: int = 20, shift: float = 3.0) -> Tensor:
+    """Correlated states about a mean that is not 0, of several sizes by direction."""
+    basis = torch.linalg.qr(draw(d, d, seed=99))[0]
+    return shift * draw(d, seed=98) + draw(n, d, seed=seed) * torch.logspace(1, -1, d, dtype=torch.float64) @ basis
+
+
+# -- the projector -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", [8, 60])
+@pytest.mark.parametrize("centred", [False, True])
+def test_p_is_an_orthogonal_projector_of_the_wanted_rank(seed: int, n: int, centred: bool) -> None:
+    protected = states(seed, n)
+    for null in (0.3, 0.45, 0.6, 1.0):
+        space = NullSpace.of(Moments.of(protected), null, centred)
+        p = space.matrix
+        torch.testing.assert_close(p @ p, p, atol=1e-10, rtol=0)
+        torch.testing.assert_close(p, p.T, atol=1e-12, rtol=0)
+        seen = n - 1 if centred else n
+        assert space.rank == round(float(p.trace())) == max(round(20 * null), 20 - min(seen, 20))
+        torch.testing.assert_close(space.project(protected), (protected - space.origin) @ p, atol=1e-10, rtol=0)
+        assert centred or not bool(space.origin.any())
+
+
+@pytest.mark.parametrize("null", [0.3, 0.5, 0.6])
+def test_p_is_that_of_the_smallest_singular_directions(null: float) -> None:
+    """The authors' way: singular value decomposition of H^T H, the last null * d directions, P = U U^T."""
+    protected = states(4, 70)
+    for centred in (False, True):
+        h = (protected - protected.mean(0) if centred else protected).numpy()
+        u, values, _ = np.linalg.svd(h.T @ h)
+        kept = u[:, np.argsort(values)[: round(20 * null)]]
+        found = NullSpace.of(Moments.of(protected), null, centred).matrix.numpy()
+        np.testing.assert_allclose(found, kept @ kept.T, atol=1e-8)
+
+
+def test_p_from_streamed_moments_is_the_same() -> None:
+    protected = states(5, 50)
+    parts = [Moments.of(protected[i : i + 9]) for i in range(0, 50, 9)]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    a, b = (NullSpace.of(m, 0.5).matrix for m in (merged, Moments.of(protected)))
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_fewer_protected_states_than_removed_directions_are_removed_whole() -> None:
+    """Which zero directions of a singular matrix to drop would be chance: the null fraction then no longer matters."""
+    protected = states(6, 5)
+    spaces = [NullSpace.of(Moments.of(protected), null).matrix for null in (0.3, 0.5, 0.75)]
+    for p in spaces:
+        torch.testing.assert_close(p, spaces[0], atol=1e-12, rtol=0)
+        assert float((protected @ p).abs().max()) < 1e-8
+
+
+def test_the_uncentred_p_is_about_the_mean_and_a_massive_coordinate() -> None:
+    """Both remove it, but one as the mean direction: its first direction is the mean, the other's is the largest spread."""
+    d, n = 40, 200
+    massive = torch.zeros(d, dtype=torch.float64)
+    massive[7] = 50
+    protected = massive + draw(n, d, seed=1) * torch.linspace(3, 1, d, dtype=torch.float64)
+    moments = Moments.of(protected)
+    uncentred, centred = (NullSpace.of(moments, 0.5, c) for c in (False, True))
+    assert abs(cosine(uncentred.removed[0], moments.mean)) > 0.999
+    assert abs(float(uncentred.removed[0, 7])) > 0.99
+    assert abs(float(centred.removed[0, 7])) < 0.5
+    torch.testing.assert_close(centred.origin, moments.mean)
+
+
+# -- the gate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", [6, 50])
+def test_delta_has_rank_one_and_is_the_papers(seed: int, n: int) -> None:
+    """Delta = P pinv(X^T X + 10 P^T P) X^T R with equal rows r, in numpy, is w r^T."""
+    protected, edited, r = states(seed, 40), states(seed + 10, n) + 2 * draw(20, seed=55), draw(20, seed=seed + 20)
+    space = NullSpace.of(Moments.of(protected), 0.5)
+    p, h = space.matrix.numpy(), edited.numpy()
+    x = h @ p
+    paper = p @ np.linalg.pinv(x.T @ x + 10 * p.T @ p) @ x.T @ np.tile(r.numpy(), (n, 1))
+    gate = linear_gate(edited, space)
+    np.testing.assert_allclose(np.outer(gate.weights, r), paper, atol=1e-9)
+    np.testing.assert_allclose(steering_matrix(edited, space, r.expand(n, -1)), paper, atol=1e-9)
+    assert np.linalg.matrix_rank(paper, tol=1e-9) == 1
+    assert gate.offset == 0
+    np.testing.assert_allclose(gate.scores(protected)[:, None] * r, protected.numpy() @ paper, atol=1e-9)
+
+
+def test_targets_of_their_own_are_met_and_the_matrix_ends_in_the_null_space() -> None:
+    protected, edited, targets = states(0, 40), states(1, 6) + draw(20, seed=55), draw(6, 20, seed=2)
+    space = NullSpace.of(Moments.of(protected), 0.6)
+    delta = steering_matrix(edited, space, targets, penalty=1e-9)
+    torch.testing.assert_close(edited @ delta, targets, atol=1e-4, rtol=0)
+    torch.testing.assert_close(space.matrix @ delta, delta, atol=1e-9, rtol=0)
+    assert int(torch.linalg.matrix_rank(delta, tol=1e-8)) == 6
+
+
+def test_protected_prompts_get_nothing_and_without_the_projector_they_would() -> None:
+    """n < d: the edit is exactly 0 on the fitted protected states, and about 1 on those to be edited; the fault leaks."""
+    for seed in range(3):
+        protected, edited = states(seed, 8), states(seed + 10, 5) + 4 * draw(20, seed=55)
+        moments = Moments.of(protected)
+        for centred in (False, True):
+            gate = linear_gate(edited, NullSpace.of(moments, 0.5, centred), penalty=1e-3)
+            assert float(gate.scores(protected).abs().max()) < 1e-8
+            torch.testing.assert_close(gate.scores(edited), torch.ones(5, dtype=torch.float64), atol=0.05, rtol=0)
+        fault = linear_gate(edited, NullSpace.of(moments, 1.0), penalty=1e-3)
+        assert float(fault.scores(protected).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("n", [12, 60])
+def test_uncentred_is_not_blind_to_a_shift_centred_is_and_both_turn_with_the_states(n: int) -> None:
+    protected, edited, probe = states(0, n), states(1, 15) + draw(20, seed=55), states(2, 9)
+    shift, turn = 5 * draw(20, seed=3), torch.linalg.qr(draw(20, 20, seed=4))[0]
+
+    def scores(centred: bool, change: Any) -> Tensor:
+        gate = linear_gate(change(edited), NullSpace.of(Moments.of(change(protected)), 0.5, centred))
+        return gate.scores(change(probe))
+
+    plain = {centred: scores(centred, lambda x: x) for centred in (False, True)}
+    torch.testing.assert_close(scores(True, lambda x: x + shift), plain[True], atol=1e-7, rtol=0)
+    assert float((scores(False, lambda x: x + shift) - plain[False]).abs().max()) > 1e-3
+    for centred in (False, True):
+        torch.testing.assert_close(scores(centred, lambda x: x @ turn), plain[centred], atol=1e-7, rtol=0)
+
+
+def test_what_cannot_be_fitted_is_named() -> None:
+    protected = Moments.of(states(0, 40))
+    for null in (0.0, 1.5):
+        with pytest.raises(UserError, match="null fraction"):
+            NullSpace.of(protected, null)
+    with pytest.raises(UserError, match="add prompts"):
+        NullSpace.of(Moments.of(states(0, 1)), 0.5)
+    flat = torch.eye(20, dtype=torch.float64)[:10]
+    with pytest.raises(UserError, match="raise the null fraction"):
+        linear_gate(flat[:3], NullSpace.of(Moments.of(flat), 0.5))
+
+
+# -- leakage -------------------------------------------------------------------------------------------------------
+
+
+def _planted(d: int = 40, k: int = 10, noise: float = 0.3, n: int = 60) -> Material:
+    """States in which ordinary prompts live in k directions, those to be edited also along one more, unusual ones all over."""
+    site = Site(1)
+    u = torch.eye(d, dtype=torch.float64)[-1]
+
+    def examples(seed: int, c: float, along: float = 0.0) -> Examples:
+        x = noise * draw(n, d, seed=seed)
+        x[:, :k] += 4 * draw(n, k, seed=seed + 1)
+        # What else the edited have in common is a place where protected ones are too: a gate that may use it, will.
+        x[:, 0] = x[:, 0] / 16 + 6 if along else x[:, 0]
+        return Examples([f"tell me {i}" for i in range(n)], torch.full((n,), c), {site: x + along * u})
+
+    parts = {
+        split: {
+            "remove": examples(seed, 1.0, 3.0),
+            "contrast": examples(seed + 2, -1.0),
+            "keep": examples(seed + 4, 1.0),
+            "ordinary": examples(seed + 6, -1.0),
+        }
+        for split, seed in (("fit", 10), ("select", 20))
+    }
+    backend: Any = None
+    return Material(backend, backend, (0,), parts["fit"], parts["select"], "remove", "contrast", "keep", ("ordinary",))
+
+
+def test_leakage_is_small_while_the_protected_directions_are_removed_and_grows_without() -> None:
+    """Held-out noise still leaks: to the amount that a large sample from the same population shows, inside the interval."""
+    material = _planted()
+    found = leakage(material, Site(1), nulls=(0.5, 0.75, 1.0), penalty=0.1)
+    assert [(x.null, x.centred) for x in found] == [(n, c) for c in (False, True) for n in (0.5, 0.75, 1.0)]
+    assert [x.rank for x in found[:3]] == [20, 30, 40]
+    many = _planted(n=5000).select
+    protected = Moments.of(torch.cat([material.fit[n].states[Site(1)] for n in ("keep", "ordinary", "contrast")]))
+    for one in found:
+        space = NullSpace.of(protected, one.null, one.centred)
+        gate = linear_gate(material.fit["remove"].states[Site(1)], space, 0.1)
+        size = {name: float(gate.scores(x.states[Site(1)]).abs().mean()) for name, x in many.items()}
+        for name, ratio in one.ratios.items():
+            assert ratio.low < ratio.value < ratio.high and ratio.n == 60
+            assert 0.9 * ratio.low < size[name] / size["remove"] < 1.1 * ratio.high
+            if one.null < 1:
+                assert 0.04 < ratio.value < 0.2
+            else:
+                assert ratio.low > max(x.ratios[name].high for x in found if x.null < 1)
+    assert 0 <= found[0].energy.mean < 0.2 and found[0].energy.top > 0.9
+    assert set(found[0].energy.coordinates) == set(range(10))
+
+
+def test_leakage_of_unusual_prompts_is_read_from_the_model() -> None:
+    material = planted_material()
+    texts = ["word7 word8 word9 word10", "why why why", "? ! ? !", "a a a a a a"]
+    site = Site(1)
+    found = leakage(material, site, {"unusual": texts}, nulls=(0.5,))
+    assert set(found[0].ratios) == {"harm", "kitchen", "arts", "unusual"}
+    method = AlphaSteer(null=0.5)
+    gate = method.gates(material, [site])[site]
+    rows = material.template.encode_all(texts)
+    benign = gate.scores(last_states(material.backend, rows, [site])[site]).abs().mean()
+    select = material.select["political"]
+    wanted = gate.scores(select.where(select.refused).states[site]).abs().mean()
+    assert found[0].ratios["unusual"].value == pytest.approx(float(benign / wanted))
+    with pytest.raises(UserError, match="two prompts on each side"):
+        leakage(material, site, {"one": texts[:1]}, nulls=(0.5,))
+
+
+# -- the edit ------------------------------------------------------------------------------------------------------
+
+
+def _shift(backend: Any, layer: int = 1, size: float = 1.0, prefix: bool = False) -> LastTokenShift:
+    gate = LinearGate(draw(backend.d_model, seed=layer) / 3, 0.2)
+    return LastTokenShift(Site(layer), gate, size * draw(backend.d_model, seed=layer + 50), prefix)
+
+
+def _two(backend: Any, prefix: bool = False) -> Edit:
+    both = compose(_shift(backend, 1, prefix=prefix), _shift(backend, 3, prefix=prefix))
+    assert both is not None
+    return both
+
+
+def _restated(backend: Any, row: Any, shifts: list[LastTokenShift]) -> Edit:
+    """The paper's algorithm for one prompt, layer by layer: read the last token, then add a constant to the positions."""
+    edit: Edit | None = None
+    for shift in shifts:
+        h = last_states(backend, [row], [shift.site], edit)[shift.site].double()[0]
+        score = float(h @ shift.gate.weights) - shift.gate.offset
+        spans = {"instruction", "suffix"} | ({"prefix"} if shift.prefix else set())
+        constant = add({shift.site: shift.shift}, {shift.site: score * float(shift.shift.norm())})
+        edit = compose(edit, AtPositions(constant, frozenset(spans)))
+    assert edit is not None
+    return edit
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_the_edit_is_the_papers_row_by_row(family: str, kind: Kind, prefix: bool) -> None:
+    """Against each prompt alone; so neighbours, padding, sharing the prefix and the order of rows do not matter."""
+    backend = tiny_backend(family, kind)
+    rows, edit = tiny_rows(backend), _two(backend, prefix)
+    base, got = (log_odds(backend, rows, TOKENS, e) for e in (None, edit))
+    wanted = torch.cat(
+        [
+            log_odds(
+                backend, [row], TOKENS, _restated(backend, row, [_shift(backend, x, prefix=prefix) for x in (1, 3)])
+            )
+            for row in rows
+        ]
+    )
+    assert float((wanted - base).abs().max()) > 0.1
+    torch.testing.assert_close(got, wanted, atol=3e-4, rtol=0)
+    torch.testing.assert_close(log_odds(backend, rows[::-1], TOKENS, edit).flip(0), got, atol=3e-4, rtol=0)
+
+
+def test_prefix_is_shared_only_where_it_is_left_alone() -> None:
+    backend = tiny_backend("llama")
+    batch = backend.batch(tiny_rows(backend))
+    for prefix in (False, True):
+        edit = _two(backend, prefix)
+        assert not edit.pointwise and leaves_prefix(edit) != prefix
+        assert backend._shared_width(batch, edit, 1) == (0 if prefix else batch.rows[0].prefix)
+    with_it, without = (log_odds(backend, tiny_rows(backend), TOKENS, _two(backend, p)) for p in (True, False))
+    assert float((with_it - without).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_decoding_steps_and_answers_are_unedited(family: str, kind: Kind) -> None:
+    """Every decoding step gets its own tensor back; a given answer is scored as it would be generated."""
+    backend = tiny_backend(family, kind)
+    edit, seen = _two(backend), Counter[str]()
+
+    class Watch:
+        sites, pointwise, leaves_prefix = edit.sites, False, True
+
+        def __call__(self, x: Tensor, at: Any) -> Tensor:
+            out = edit(x, at)
+            assert (out is x) == (at.phase != "prompt")
+            seen[at.phase] += 1
+            return out
+
+    rows = tiny_rows(backend)[:3]
+    batch = backend.batch(rows)
+    replies = backend.generate(batch, 4, Watch())
+    assert seen["decode"] == 2 * 3 and seen["prompt"] == 2
+    assert not torch.equal(replies.ids, backend.generate(batch, 4).ids)
+    whole = [replace(r, ids=r.ids + tuple(ids.tolist())) for r, ids in zip(rows, replies.ids, strict=True)]
+    given = answer_log_probs(backend, whole, edit)
+    lengths = replies.lengths.tolist()
+    assert lengths == [4, 4, 4]
+    torch.testing.assert_close(given, replies.log_probs.double().mean(1), atol=1e-4, rtol=0)
+
+
+def test_half_precision_streams_keep_their_type() -> None:
+    backend = tiny_backend("llama")
+    batch = backend.batch(tiny_rows(backend))
+    shift = _shift(backend)
+    got: list[Tensor] = []
+
+    class Half:
+        sites, pointwise, leaves_prefix = shift.sites, False, True
+
+        def __call__(self, x: Tensor, at: Any) -> Tensor:
+            if at.phase == "prompt":
+                got.extend([shift(x.to(torch.bfloat16), at), shift(x, at)])
+            return x
+
+    backend.run(batch, Half())
+    assert got[0].dtype == torch.bfloat16
+    torch.testing.assert_close(got[0].float(), got[1], atol=0.3, rtol=0.03)
+
+
+# -- the method ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_method_removes_a_planted_refusal_and_spares_the_protected(kind: Kind, centred: bool) -> None:
+    material = planted_material(kind=kind)
+    method = AlphaSteer(centred=centred, null=0.5)
+    assert isinstance(method, Method)
+    fitted = method.fit(material)
+
+    def odds(name: str, edit: Edit | None) -> Tensor:
+        rows = material.template.encode_all(material.select[name].texts)
+        return log_odds(material.backend, rows, material.refusal_tokens, edit)
+
+    base = {name: odds(name, None) for name in material.select}
+    edits = [fitted(s).edit for s in AlphaSteer.strengths]
+    curve = torch.stack([base["political"].mean(), *(odds("political", e).mean() for e in edits)])
+    assert bool((curve.diff() < 0).all()), curve
+    moved = {name: float((odds(name, edits[-1]) - base[name]).abs().mean()) for name in base}
+    assert max(moved[n] for n in ("harm", "kitchen", "arts")) < 0.6 * moved["political"], moved
+
+
+def test_strength_is_the_relative_dose_where_the_score_is_one() -> None:
+    material = planted_material()
+    method = AlphaSteer()
+    sites = band(material.n_layers, method.depth)
+    edit = method.fit(material)(0.1).edit
+    assert edit is not None and edit.sites == frozenset(sites)
+    fit = material.fit["political"]
+    sizes = mean_norms(material.backend, material.template.encode_all(fit.where(fit.refused).texts), sites)
+    assert isinstance(edit, Compose)
+    for part in edit.edits:
+        assert isinstance(part, LastTokenShift)
+        assert float(part.shift.norm()) == pytest.approx(0.1 * sizes[part.site], rel=1e-6)
+        seen = evidence(material, [part.site])[part.site]
+        assert cosine(part.shift, seen.complying.mean - seen.refusing.mean) > 1 - 1e-6  # away from refusal
+    for prefix in (False, True):
+        edit = AlphaSteer(prefix=prefix).fit(material)(0.1).edit
+        assert edit is not None and leaves_prefix(edit) != prefix
+
+
+def test_rows_of_the_tiny_prompts_differ_in_length() -> None:
+    """Else the tests above would see no padding."""
+    assert len({len(text.split()) for text in PROMPTS}) > 2
+
+
+# -- unusual prompts -----------------------------------------------------------------------------------------------
+
+
+def unusual() -> tuple[Prompt, ...]:
+    with resources.as_file(resources.files("rsteer_interp") / "data" / "unusual.jsonl") as path:
+        return load_prompts(path).prompts
+
+
+def test_unusual_prompts_are_split_by_subject_with_every_category_in_each() -> None:
+    prompts = unusual()
+    assert len(prompts) == 60 == len({p.prompt for p in prompts})
+    categories = {p.category for p in prompts}
+    assert {"maths", "code", "other_languages", "tables", "copy_editing"} <= categories
+    subjects: Counter[str] = Counter()
+    for split, n in (("fit", 24), ("select", 12), ("report", 24)):
+        part = [p for p in prompts if p.split == split]
+        assert len(part) == n and {p.category for p in part} == categories
+        subjects.update({p.subject for p in part})
+    assert set(subjects.values()) == {1}
+
+
+def test_unusual_prompts_are_new_and_unlike_the_general_ones() -> None:
+    known = {text.lower() for name in BUILT_IN if name != "unusual" for text in load_prompts(name).texts}
+    prompts = unusual()
+    assert not known & {p.prompt.lower() for p in prompts}
+    longest = max(map(len, known))
+    edited = [p for p in prompts if p.category == "copy_editing"]
+    assert min(len(p.prompt) for p in edited) > 1.5 * longest
+    foreign = [p for p in prompts if p.category == "other_languages"]
+    assert len(foreign) == 10
