@@ -14,9 +14,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import AblateSubspace, Affine
-from rsteer_interp.methods.dbdi import (
-    TwoDirections,
-)
+from rsteer_interp.methods.dbdi import TwoDirections
 from rsteer_interp.methods.dissociation import dissociation, standing
 from rsteer_interp.nulls import random_unit_vectors
 from tests.tiny_models import tiny_backend, tiny_rows

@@ -145,6 +145,6 @@ def _read(
         logits = backend.logits(batch, compose(edit, record))[:, -1]
         return refusal_log_odds(logits, refusal_tokens).cpu(), probe.scores(record.states[probe.site])
 
-    for group, (odds, scores) in backend.batches(rows, run):
+    for group, (odds, scores) in backend.spread(rows, run):
         out["refusal_log_odds"][group], out["harm_probe"][group] = odds, scores
     return out
