@@ -1,4 +1,4 @@
-"""DBDI: the order identity, sparse supports against random ones, layers by separability, and the double dissociation."""
+"""DBDI: the order identity, sparse supports against random ones, and layers by separability."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from rsteer_interp.activations import last_states, mean_norms
-from rsteer_interp.backends.edits import At, Site, compose
+from rsteer_interp.backends.edits import At, Site
 from rsteer_interp.batch import Tokens, make_batch
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import log_odds
-from rsteer_interp.gates import Gate
-from rsteer_interp.interventions import AblateSubspace, Affine
 from rsteer_interp.methods.base import Examples, Method
 from rsteer_interp.methods.dbdi import (
     Dbdi,
-    TwoDirections,
     aligned_pairs,
     coordinate_ranks,
     dbdi_edit,
@@ -28,9 +24,8 @@ from rsteer_interp.methods.dbdi import (
     sparsify,
     support_size,
 )
-from rsteer_interp.methods.dissociation import dissociation, standing
 from rsteer_interp.methods.separability import cross_validated_accuracy, separability
-from rsteer_interp.nulls import cosine, random_unit_vectors
+from rsteer_interp.nulls import cosine
 from rsteer_interp.prompts import load_prompts
 from tests.tiny_models import KINDS, Kind, tiny_backend, tiny_rows
 from tests.two_direction_material import DETECTION, EXECUTION, LAYER, planted_material
@@ -144,16 +139,18 @@ def test_the_layer_is_the_separable_one_unless_given() -> None:
 
 
 def test_of_a_plateau_the_earliest_layer_and_without_slack_the_best() -> None:
-    """The planted states, a little noisier, at the block input before too: there they are hardly less separable."""
+    """The block input before has the planted states too, but for one refused prompt, which looks answered there."""
     material = planted_material(strength=3.0)
-    early = Site(LAYER - 1)
-    fit = {}
-    for i, (name, x) in enumerate(material.fit.items()):
-        fit[name] = replace(x, states={**x.states, early: x.states[S] + 0.5 * draw(40, 32, seed=i).float()})
+    early, removed = Site(LAYER - 1), material.fit["removed"]
+    states = removed.states[S].clone()
+    states[removed.refused.nonzero()[0]] = states[removed.answered.nonzero()[0]]
+    fit = {name: replace(x, states={**x.states, early: x.states[S]}) for name, x in material.fit.items()}
+    fit["removed"] = replace(removed, states={**removed.states, early: states})
     plateau = replace(material, fit=fit)
     accuracy = Dbdi().directions(plateau).accuracy
     assert accuracy[LAYER] > accuracy[early.layer] > 0.8
-    assert Dbdi().directions(plateau).site == early and Dbdi(slack=0).directions(plateau).site == S
+    assert Dbdi(slack=2).directions(plateau).site == early and Dbdi(slack=0).directions(plateau).site == S
+    assert Dbdi(slack=2).directions(material).site == S  # noise alone at the early one is no plateau
 
 
 def test_too_few_prompts_are_named() -> None:
@@ -163,6 +160,9 @@ def test_too_few_prompts_are_named() -> None:
     )
     with pytest.raises(UserError, match="no refused prompts in the fit split of 'removed'"):
         Dbdi().fit(answered)
+    refused = {name: x.where(x.refused) for name, x in material.fit.items()}
+    with pytest.raises(UserError, match="no answered prompts in the fit splits of 'removed' and 'contrast'"):
+        Dbdi().fit(replace(material, fit=refused))
     few = {name: x.where(torch.arange(40) < 4) for name, x in material.fit.items()}
     with pytest.raises(UserError, match="5 folds"):
         Dbdi().fit(replace(material, fit=few))
@@ -248,85 +248,3 @@ def test_the_treatment_removes_execution_and_shifts_by_the_dose() -> None:
     shifted = base - 0.1 * norm * found.detection
     expected = shifted - 0.25 * (shifted @ found.execution)[:, None] * found.execution
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=0)
-
-
-def _pair(seed: int = 0) -> TwoDirections:
-    r, g = random_unit_vectors(2, 32, seed)
-    return TwoDirections(Site(1), r, g, "nearest", {})
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_table_is_the_algebra_at_the_edited_site_and_the_log_odds_of_each_edit(family: str) -> None:
-    backend = tiny_backend(family)
-    rows, tokens, pair = tiny_rows(backend), (5, 9, 30), _pair()
-    probe = Gate(pair.site, draw(backend.d_model, seed=7), 0.0)
-    table = dissociation(backend, rows, tokens, pair, probe, alpha=0.5, beta=2.0, n_null=3, seed=1)
-    h, w = last_states(backend, rows, [pair.site])[pair.site].double(), probe.direction
-    units = random_unit_vectors(3, backend.d_model, 1)
-    along = float((h @ pair.execution).mean())
-    project = table.effects["project_execution", "harm_probe"]
-    shift = table.effects["shift_detection", "harm_probe"]
-    assert project.value.value == pytest.approx(-0.5 * along * float(w @ pair.execution), abs=1e-4)
-    assert shift.value.value == pytest.approx(-2.0 * float(w @ pair.detection), abs=1e-4)
-    assert shift.value.high - shift.value.low < 1e-4  # the same for every prompt
-    assert project.null == pytest.approx((-0.5 * along * (units @ w)).tolist(), abs=1e-4)
-    assert shift.null == pytest.approx((-2.0 * (units @ w)).tolist(), abs=1e-4)
-    base = log_odds(backend, rows, tokens)
-    edits = (
-        AblateSubspace(pair.site, pair.execution[None], scale=0.5),
-        Affine(pair.site, pair.detection, amount=-2.0),
-    )
-    for cause, edit in zip(("project_execution", "shift_detection"), edits, strict=True):
-        change = log_odds(backend, rows, tokens, edit) - base
-        cell = table.effects[cause, "refusal_log_odds"]
-        assert cell.value.value == pytest.approx(float(change.mean()), abs=1e-4)
-        assert cell.value.n == len(rows) and len(set(cell.null)) == 3
-    assert table.overlap == pytest.approx(float(pair.execution @ pair.detection))
-
-
-def test_a_planted_double_dissociation_is_seen_and_an_entangled_pair_is_not() -> None:
-    """A probe that reads g alone: detection moves it, execution orthogonal to it does not; the same pair twice moves it twice."""
-    backend = tiny_backend("llama")
-    rows, pair = tiny_rows(backend), _pair(3)
-    apart = pair.execution - (pair.execution @ pair.detection) * pair.detection
-    probe = Gate(pair.site, pair.detection, 0.0)
-    clean = dissociation(
-        backend, rows, (5,), replace(pair, execution=apart / apart.norm()), probe, beta=2.0, n_null=20
-    ).effects
-    assert clean["shift_detection", "harm_probe"].p < 0.06 and clean["shift_detection", "harm_probe"].z < -3
-    assert abs(clean["project_execution", "harm_probe"].value.value) < 1e-4
-    twice = dissociation(backend, rows, (5,), replace(pair, execution=pair.detection), probe, beta=2.0, n_null=20)
-    assert twice.overlap == pytest.approx(1) and abs(twice.effects["project_execution", "harm_probe"].z) > 3
-
-
-def test_probes_before_the_edit_and_single_nulls_are_refused() -> None:
-    backend, pair = tiny_backend("llama"), replace(_pair(), site=Site(2))
-    with pytest.raises(UserError, match="before the edit"):
-        dissociation(backend, tiny_rows(backend), (5,), pair, Gate(Site(1), pair.detection, 0.0), beta=1.0)
-    with pytest.raises(UserError, match="two or more"):
-        dissociation(backend, tiny_rows(backend), (5,), pair, Gate(S, pair.detection, 0.0), beta=1.0, n_null=1)
-
-
-def test_prompts_that_sound_harmful_stand_far_along_detection_only() -> None:
-    reference, states = draw(60, 32, seed=1), draw(40, 32, seed=2) + 3 * DETECTION
-    apart = EXECUTION - (EXECUTION @ DETECTION) * DETECTION
-    seen, other = standing(states, reference, DETECTION), standing(states, reference, apart)
-    assert seen.value.low > 2 and seen.p < 0.01 and abs(seen.z) > 3
-    assert abs(other.value.value) < 0.7 and other.p > 0.05
-    by_hand = (states @ DETECTION - (reference @ DETECTION).mean()) / (reference @ DETECTION).std()
-    assert seen.value.value == pytest.approx(float(by_hand.mean())) and seen.value.n == 40
-    assert standing(states, reference, 9 * DETECTION).value.value == pytest.approx(seen.value.value)
-    with pytest.raises(UserError, match="do not vary"):
-        standing(states, reference[:1].expand(5, 32), DETECTION)
-
-
-def test_reading_both_at_once_is_reading_each() -> None:
-    """A probe behind the edit sees the edited stream."""
-    backend, pair = tiny_backend("qwen2"), _pair()
-    rows, probe = tiny_rows(backend), Gate(Site(3), draw(32, seed=4), 0.0)
-    table = dissociation(backend, rows, (5,), pair, probe, beta=1.5, n_null=2)
-    edit = compose(Affine(pair.site, pair.detection, amount=-1.5))
-    change = probe.scores(last_states(backend, rows, [Site(3)], edit)[Site(3)]) - probe.scores(
-        last_states(backend, rows, [Site(3)])[Site(3)]
-    )
-    assert table.effects["shift_detection", "harm_probe"].value.value == pytest.approx(float(change.mean()), abs=1e-4)

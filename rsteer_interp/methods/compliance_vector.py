@@ -10,18 +10,17 @@ ours points to refusing, and the edit takes it away:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, cycle, islice, zip_longest
 from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.activations import mean_norms
+from rsteer_interp.activations import last_states, mean_norms, pooled_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import At, Edit, Site
-from rsteer_interp.batch import Batch, ChatTemplate, Tokens
+from rsteer_interp.backends.edits import Edit, Site
+from rsteer_interp.batch import ChatTemplate, Tokens
 from rsteer_interp.directions.paired import Centring, paired_direction
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import add
@@ -56,43 +55,13 @@ Reading = Literal["continuation", "last"]
 N_NORM = 16  # prompts over which |resid| is averaged
 
 
-@dataclass(frozen=True, eq=False)
-class RecordContinuation:
-    """Keeps the mean state over each row's given answer, or the state of its last token, as float32 on CPU."""
-
-    sites: frozenset[Site]
-    reading: Reading
-    states: dict[Site, Float[Tensor, "row d"]] = field(default_factory=dict)
-
-    pointwise = False
-    leaves_prefix = True
-
-    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
-        if at.phase == "prompt":
-            starts = at.batch.span_end("prompt").to(x.device)[at.rows][:, None]
-            own = (at.mask & (at.positions >= starts)).float()
-            mean = torch.einsum("rpd,rp->rd", x.float(), own) / own.sum(1, keepdim=True)
-            self.states[at.site] = (mean if self.reading == "continuation" else x[:, -1].float()).detach().cpu()
-        return x
-
-
 def continuation_states(
     backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site], reading: Reading = "continuation"
 ) -> dict[Site, Float[Tensor, "row d"]]:
-    """Each row's answer as one vector per site, in the order of the rows; one pass up to the last site."""
+    """Each row's answer as one vector per site, the mean over its tokens or its last token; one pass up to the last site."""
     if not all(row.answer_length for row in rows):
         raise UserError("a row has no answer to read; encode every prompt with its continuation")
-    out = {site: torch.empty(len(rows), backend.d_model) for site in sites}
-
-    def run(batch: Batch) -> dict[Site, Tensor]:
-        record = RecordContinuation(frozenset(sites), reading)
-        backend.run(batch, record)
-        return record.states
-
-    for group, states in backend.batches(rows, run):
-        for site, value in states.items():
-            out[site][group] = value
-    return out
+    return last_states(backend, rows, sites) if reading == "last" else pooled_states(backend, rows, sites, "answer")
 
 
 def with_openings(template: ChatTemplate, texts: Sequence[str], openings: Sequence[str]) -> list[Tokens]:

@@ -60,7 +60,8 @@ def order_gap(
     Order can matter only through the overlap <r, g>: report it beside any claim about order.
     """
     r, g = (v.double() / v.double().norm() for v in (execution, detection))
-    return -alpha * beta * (r @ g) * r
+    gap: Tensor = -alpha * beta * (r @ g) * r
+    return gap
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class TwoDirections:
 class Dbdi:
     """DBDI with the strength as relative dose of the shift, beta = strength |resid|; the projection has a strength of its own.
 
-    Execution is learned from refused prompts of `material.remove` and answered ones of `material.contrast`, detection from
+    Execution is learned from refused against answered prompts of `material.remove` and `material.contrast`, detection from
     `material.keep` against the ordinary set named first. The published edit shifts against harm itself, so it is not made to
     keep refusals of harmful prompts; how far it does is what a comparison shows.
     """
@@ -126,12 +127,12 @@ class Dbdi:
     def directions(self, material: Material) -> TwoDirections:
         """Both directions at the chosen layer. UserError where a class is empty or the layer cannot be edited."""
         removed, contrast = material.fit[material.remove], material.fit[material.contrast]
-        for name, kind, mask in (
-            (material.remove, "refused", removed.refused),
-            (material.contrast, "answered", contrast.answered),
-        ):
-            if not bool(mask.any()):
-                raise UserError(f"no {kind} prompts in the fit split of '{name}'; DBDI needs some, add prompts")
+        if not bool(removed.refused.any()):
+            raise UserError(f"no refused prompts in the fit split of '{material.remove}'; there is nothing to remove")
+        if not bool(removed.answered.any() | contrast.answered.any()):
+            raise UserError(
+                f"no answered prompts in the fit splits of '{material.remove}' and '{material.contrast}'; add ordinary ones"
+            )
         accuracy: dict[int, float] = {}
         if self.layer is None:
             accuracy = layer_accuracies(removed, contrast, steerable_layers(material.n_layers), material.seed)
@@ -156,8 +157,9 @@ class Dbdi:
             for masks in ((removed.refused, contrast.refused), (removed.answered, contrast.answered))
         )
         best = max(accuracy.values())
-        # Of the mean of two independent hit rates, taken as equal.
-        error = (best * (1 - best) * (1 / refused + 1 / answered)) ** 0.5 / 2
+        # Of the mean of two independent hit rates, taken as equal; one hit and one miss are added, or a perfect layer has none.
+        rate = (best * (refused + answered) + 1) / (refused + answered + 2)
+        error = (rate * (1 - rate) * (1 / refused + 1 / answered)) ** 0.5 / 2
         return min(layer for layer, value in accuracy.items() if value >= best - self.slack * error)
 
     def _sparse(self, pairs: Pairs, seed: int) -> Float[Tensor, " d"]:

@@ -82,7 +82,8 @@ class Dissociation:
     """Mean change of each read-out (log-odds in nats, probe in standard deviations within its sets) under each edit.
 
     A double dissociation is a table whose diagonal (execution on log-odds, detection on the probe) leaves its null and whose
-    rest does not. `overlap` is <r, g>: where it is large, no such claim can be made. `n` prompts.
+    rest does not. `overlap` is <r, g>: where it is large, no such claim can be made. A probe fitted on the sets that gave
+    detection is moved by it almost by construction; the cells off the diagonal are the test. `n` prompts.
     """
 
     effects: Mapping[tuple[Cause, ReadOut], AgainstRandom]
@@ -144,6 +145,6 @@ def _read(
         logits = backend.logits(batch, compose(edit, record))[:, -1]
         return refusal_log_odds(logits, refusal_tokens).cpu(), probe.scores(record.states[probe.site])
 
-    for group, (odds, scores) in backend.batches(rows, run):
+    for group, (odds, scores) in backend.spread(rows, run):
         out["refusal_log_odds"][group], out["harm_probe"][group] = odds, scores
     return out

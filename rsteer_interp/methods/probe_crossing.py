@@ -184,7 +184,7 @@ def token_kl(
         base = backend.logits(batch, keep=keep)[:, :-1]
         return torch.stack([kl_divergence(base, backend.logits(batch, e, keep=keep)[:, :-1]).cpu() for e in edits])
 
-    for group, kl in backend.batches(cut, run, ANSWER_ROWS):
+    for group, kl in backend.spread(cut, run, ANSWER_ROWS):
         for i, values in zip(group, kl.unbind(1), strict=True):
             n = cut[i].answer_length
             # Rows are padded on the left, so an answer is at the end of its row.
