@@ -1,0 +1,118 @@
+"""Arditi et al.: the one direction, of every position and layer, whose ablation takes refusal away (arXiv 2406.11717).
+
+Section 2.4 and the published code: each candidate has three scores at the last prompt token,
+
+    ablation   mean refusal log-odds of refusing prompts, candidate ablated everywhere        the lowest is chosen
+    addition   mean refusal log-odds of complying prompts, r added with its length at its block input     at least 0
+    KL         mean KL(base || ablated) of the next token on ordinary prompts                             at most 0.1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from rsteer_interp.interventions import Affine
+from rsteer_interp.methods.base import Fitted, Material, Treatment
+from rsteer_interp.methods.candidates import Candidate, Place, Search, ablate_everywhere
+from rsteer_interp.methods.trials import Effects, chosen_among, least_failing, trials
+
+
+@dataclass(frozen=True)
+class Score:
+    """A candidate's scores: refusal log-odds and KL in nats, its length in units of the stream, and the filters it fails."""
+
+    position: int
+    layer: int
+    length: float
+    ablation: float
+    addition: float
+    kl: float
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The chosen candidate, the scores of all that were tried, and the unedited model's log-odds on the same prompts.
+
+    With `filters_met` False no candidate passes all filters: the choice is then the lowest ablation score among the candidates
+    that fail the fewest, where the paper's code stops. `effects` are per prompt, for intervals.
+    """
+
+    chosen: Candidate
+    filters_met: bool
+    scores: tuple[Score, ...]
+    refusing: float
+    complying: float
+    effects: Mapping[Place, Effects]
+
+    @property
+    def score(self) -> Score:
+        """The chosen candidate's."""
+        return next(s for s in self.scores if (s.position, s.layer) == (self.chosen.position, self.chosen.layer))
+
+
+@dataclass(frozen=True)
+class Arditi:
+    """Directional ablation of the chosen direction everywhere; strength is kappa of `ablate_everywhere`, 1 the paper's."""
+
+    name: ClassVar[str] = "arditi"
+    label: ClassVar[str] = "Directional ablation"
+    source: ClassVar[str] = "Arditi et al., arXiv 2406.11717"
+    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5)
+
+    max_kl: float = 0.1
+    """Largest mean KL, in nats, that ablation may cost on ordinary prompts."""
+    min_addition: float = 0.0
+    """Least mean log-odds of refusal, in nats, to which adding r must bring complying prompts."""
+    search: Search = field(default_factory=Search)
+
+    def select(self, material: Material) -> Selection:
+        """Choose on the select split among the directions of the fit split, with every score kept."""
+        tried = trials(material, self.search)
+        scores, place = chosen_among(
+            tried,
+            "linear",
+            lambda effects: {at: self._score(tried.candidates[at], one) for at, one in effects.items()},
+            lambda found: least_failing(
+                {at: one.failed for at, one in found.items()}, {at: -one.ablation for at, one in found.items()}
+            ),
+        )
+        return Selection(
+            tried.candidates[place],
+            not scores[place].failed,
+            tuple(scores[at] for at in sorted(scores)),
+            float(tried.base.removed.mean()),
+            float(tried.base.added.mean()),
+            tried.effects(scores, "linear"),
+        )
+
+    def fit(self, material: Material) -> Fitted:
+        chosen = self.select(material).chosen
+        return lambda strength: Treatment(ablate_everywhere(material.backend, chosen.vector, strength))
+
+    def _score(self, candidate: Candidate, effects: Effects) -> Score:
+        addition, kl = float(effects.added.mean()), float(effects.kl.double().mean())
+        failed = {"kl": not kl <= self.max_kl, "addition": not addition >= self.min_addition}
+        return Score(
+            candidate.position,
+            candidate.layer,
+            candidate.length,
+            float(effects.removed.mean()),
+            addition,
+            kl,
+            tuple(name for name, fails in failed.items() if fails),
+        )
+
+
+@dataclass(frozen=True)
+class ArditiAddition(Arditi):
+    """h - strength r at the chosen direction's one block input, at all positions; strength 1 is the paper's subtraction."""
+
+    name: ClassVar[str] = "arditi_add"
+    label: ClassVar[str] = "Subtract the refusal direction"
+
+    def fit(self, material: Material) -> Fitted:
+        chosen = self.select(material).chosen
+        return lambda strength: Treatment(Affine(chosen.site, chosen.vector, amount=-strength * chosen.length))
