@@ -121,25 +121,28 @@ def test_filters_are_as_stated() -> None:
     _, material = planted(*PLANTS[0])
     found = trials(material, EVERYTHING)
     candidate, effects = found.candidates[-2, 2], found.effects([(-2, 2)], "linear")[-2, 2]
+    base = replace(found.base, added=torch.full((4,), -5.0).double())
 
     def score(kl: float, addition: float) -> Score:
         changed = replace(effects, kl=torch.full((4,), kl), added=torch.full((4,), addition).double())
-        return Arditi()._score(candidate, changed)
+        return Arditi()._score(candidate, changed, base)
 
     assert score(0.0999, 0.0).failed == () and score(0.1001, 0.5).failed == ("kl",)
     assert score(0.0, -1e-6).failed == ("addition",) and score(0.2, -1.0).failed == ("kl", "addition")
     assert score(float("nan"), 1.0).failed == ("kl",)
+    assert score(0.05, 2.0).violation == 0 and score(float("nan"), 1.0).violation == float("inf")
+    assert score(0.25, -1.0).violation == pytest.approx(1.5 + 1 / 5)  # 0.15 of 0.1 nats, 1 of the 5 nats to go
     assert Search().layers(24) == range(1, 19) and Search().layers(18) == range(1, 14)
+    with pytest.raises(UserError, match="max_kl is 0; choose a positive number"):
+        Arditi(max_kl=0)
 
 
-def test_without_a_passing_candidate_the_least_failing_is_chosen_and_says_so() -> None:
-    _, material = planted(*PLANTS[0])
-    found = Arditi(max_kl=-1.0, search=EVERYTHING).select(material)
-    assert not found.filters_met and all("kl" in score.failed for score in found.scores)
-    assert found.score.failed == ("kl",)
-    assert found.score.ablation == min(s.ablation for s in found.scores if s.failed == ("kl",))
-    nothing = Arditi(min_addition=100.0, search=EVERYTHING).select(material)
-    assert nothing.score.ablation == min(s.ablation for s in nothing.scores if s.failed == ("addition",))
+def test_without_a_passing_candidate_the_least_violating_is_chosen_and_says_so() -> None:
+    model, material = planted(*PLANTS[0])
+    found = Arditi(min_addition=100.0, search=EVERYTHING).select(material)
+    assert not found.filters_met and all("addition" in score.failed for score in found.scores)
+    assert found.score.violation == min(score.violation for score in found.scores) > 0
+    assert place(found) == model.place
 
 
 def test_ablation_is_blind_to_length_and_sign_and_addition_is_not() -> None:

@@ -12,7 +12,7 @@ from rsteer_interp.activations import last_states, suffix_states
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.interventions import Everywhere
-from rsteer_interp.methods.candidates import Search, ablate_everywhere, mean_differences
+from rsteer_interp.methods.candidates import Search, ablate_everywhere, addition, mean_differences, removal
 from rsteer_interp.methods.trials import trials
 from tests.planted_refusal import N_LAYERS, planted_material, planted_refusal
 from tests.tiny_models import KINDS, PROMPTS, Kind, tiny_backend, tiny_rows
@@ -136,3 +136,24 @@ def test_strength_is_the_share_that_a_weight_edit_would_take(kappa: float) -> No
         backend.model.lm_head.weight = torch.nn.Parameter(inner.embed_tokens.weight.clone(), requires_grad=False)
     inner.embed_tokens.weight -= kappa * torch.outer(inner.embed_tokens.weight @ unit, unit)
     torch.testing.assert_close(got, backend.logits(rows), atol=2e-3, rtol=1e-3)
+
+
+def test_affine_removal_sets_one_projection_for_all_prompts() -> None:
+    """The complying mean at strength 1, as far beyond it as refusing prompts lie before it at 2, halfway there at 1/2."""
+    material = planted_material(planted_refusal().backend)
+    candidate = trials(material, Search()).candidates[-2, 3]
+    unit = candidate.vector.double() / candidate.length
+    low, h = float(candidate.reference.double() @ unit), 4 * torch.randn(5, 7, len(unit)).double()
+    own = h @ unit
+    wanted = {0.5: (own + low) / 2, 1.0: own * 0 + low, 2.0: own * 0 + low - candidate.length}
+    for strength, projection in wanted.items():
+        edit = removal(material.backend, candidate, "affine", strength)
+        assert edit.sites == {Site(3)} and edit.pointwise
+        out = edit(h, None)  # type: ignore[arg-type]
+        torch.testing.assert_close(out @ unit, projection, atol=1e-6, rtol=0)
+        rest = h - own[..., None] * unit
+        torch.testing.assert_close(out - (out @ unit)[..., None] * unit, rest, atol=1e-6, rtol=0)
+        if strength >= 1:
+            torch.testing.assert_close(edit(out, None), out, atol=1e-6, rtol=0)  # type: ignore[arg-type]
+    refusing = addition(candidate, "affine")(h, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(refusing @ unit, own * 0 + low + candidate.length, atol=1e-6, rtol=0)

@@ -21,7 +21,7 @@ from rsteer_interp.evaluation import log_odds
 from rsteer_interp.methods.arditi import Arditi
 from rsteer_interp.methods.arditi import Selection as Behaviour
 from rsteer_interp.methods.base import Examples, Material, Method
-from rsteer_interp.methods.candidates import Candidate, Search, addition, evaluation_layers, removal
+from rsteer_interp.methods.candidates import Candidate, Search, evaluation_layers
 from rsteer_interp.methods.cosmic import Agreement, Cosmic, CosmicAffine, Score, Selection, agreement
 from rsteer_interp.methods.trials import Effects, trials
 from tests.planted_refusal import N_LAYERS, REFUSAL, Planted, planted_material, planted_refusal
@@ -163,6 +163,7 @@ def test_at_the_last_position_layers_deeper_than_both_medians_of_the_other_peaks
     table |= {(-1, layer): effects_of(0.5, 0.5) for layer in range(1, 11)}
     scores = hand_made(table)
     assert {at for at, score in scores.items() if score.failed} == {(-1, layer) for layer in range(5, 11)}
+    assert scores[-1, 5].violation == float("inf") and scores[-1, 4].violation == 0.0
     del table[-4, 6], table[-4, 3]  # without its peaks, position -4 peaks at layer 1: medians 2 and 1
     assert {layer for (_, layer), score in hand_made(table).items() if score.failed} == set(range(3, 11))
     alone = hand_made({at: one for at, one in table.items() if at[0] == -1})
@@ -173,31 +174,16 @@ def test_kl_is_a_filter_and_the_sum_is_what_counts() -> None:
     scores = hand_made({(-2, 1): effects_of(0.9, 0.2, 0.05), (-2, 2): effects_of(0.6, 0.6, 0.1001)})
     assert scores[-2, 1].failed == () and scores[-2, 2].failed == ("kl",)
     assert scores[-2, 2].merit == pytest.approx(1.2) and scores[-2, 1].merit == pytest.approx(1.1)
-    _, material = planted(*PLANTS[0])
-    found = Cosmic(max_kl=-1.0, search=EVERYTHING).select(material)
-    assert not found.filters_met and found.score.failed == ("kl",)
-    assert found.score.merit == max(s.merit for s in found.scores if s.failed == ("kl",))
+    assert scores[-2, 1].violation == 0 and scores[-2, 2].violation == pytest.approx(0.001, abs=1e-6)
+    with pytest.raises(UserError, match="choose a positive number"):
+        Cosmic(max_kl=-1.0)
 
 
-def test_affine_removal_sets_one_projection_for_all_prompts() -> None:
-    """The complying mean at strength 1, as far beyond it as refusing prompts lie before it at 2, halfway there at 1/2."""
+def test_without_a_passing_candidate_the_least_violating_is_chosen_and_says_so() -> None:
     _, material = planted(*PLANTS[0])
-    candidate = trials(material, EVERYTHING).candidates[-2, 3]
-    unit = candidate.vector.double() / candidate.length
-    low, h = float(candidate.reference.double() @ unit), 4 * torch.randn(5, 7, len(unit)).double()
-    own = h @ unit
-    wanted = {0.5: (own + low) / 2, 1.0: own * 0 + low, 2.0: own * 0 + low - candidate.length}
-    for strength, projection in wanted.items():
-        edit = removal(material.backend, candidate, "affine", strength)
-        assert edit.sites == {Site(3)} and edit.pointwise
-        out = edit(h, None)  # type: ignore[arg-type]
-        torch.testing.assert_close(out @ unit, projection, atol=1e-6, rtol=0)
-        rest = h - own[..., None] * unit
-        torch.testing.assert_close(out - (out @ unit)[..., None] * unit, rest, atol=1e-6, rtol=0)
-        if strength >= 1:
-            torch.testing.assert_close(edit(out, None), out, atol=1e-6, rtol=0)  # type: ignore[arg-type]
-    refusing = addition(candidate, "affine")(h, None)  # type: ignore[arg-type]
-    torch.testing.assert_close(refusing @ unit, own * 0 + low + candidate.length, atol=1e-6, rtol=0)
+    found = Cosmic(max_kl=1e-9, search=EVERYTHING).select(material)
+    assert not found.filters_met and all("kl" in score.failed for score in found.scores)
+    assert found.score.violation == min(score.violation for score in found.scores)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -217,7 +203,9 @@ def test_methods_take_refusal_away_and_leave_ordinary_prompts(form: type[Cosmic]
 def selections(merit: np.ndarray, ablation: np.ndarray) -> tuple[Selection, Behaviour]:
     """Selections with these scores; COSMIC chose the highest merit, behaviour the lowest ablation score."""
     candidates = [Candidate(-1, i, torch.ones(2), torch.zeros(2)) for i in range(len(merit))]
-    scores = tuple(Score(-1, i, 1.0, m, 0.0, 0.0, a, ()) for i, (m, a) in enumerate(zip(merit, ablation, strict=True)))
+    scores = tuple(
+        Score(-1, i, 1.0, m, 0.0, 0.0, a, (), 0.0) for i, (m, a) in enumerate(zip(merit, ablation, strict=True))
+    )
     best, lowest = int(merit.argmax()), int(ablation.argmin())
     cosmic = Selection(candidates[best], True, scores, (1,), 0.0)
     return cosmic, Behaviour(candidates[lowest], True, scores, 0.0, 0.0, {})  # type: ignore[arg-type]

@@ -13,15 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import Affine
 from rsteer_interp.methods.base import Fitted, Material, Treatment
 from rsteer_interp.methods.candidates import Candidate, Place, Search, ablate_everywhere
-from rsteer_interp.methods.trials import Effects, chosen_among, least_failing, trials
+from rsteer_interp.methods.trials import Effects, chosen_among, shortfall, trials
 
 
 @dataclass(frozen=True)
 class Score:
-    """A candidate's scores: refusal log-odds and KL in nats, its length in units of the stream, and the filters it fails."""
+    """A candidate's scores: refusal log-odds and KL in nats, its length in units of the stream, and the filters it fails.
+
+    `violation` adds up how far it misses them: KL above the limit in units of the limit, and the addition score under its own in
+    units of its distance from the unedited model's (of 1 nat at least). 0 for one that passes.
+    """
 
     position: int
     layer: int
@@ -30,14 +35,19 @@ class Score:
     addition: float
     kl: float
     failed: tuple[str, ...]
+    violation: float
+
+    @property
+    def merit(self) -> float:
+        return -self.ablation
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The chosen candidate, the scores of all that were tried, and the unedited model's log-odds on the same prompts.
 
-    With `filters_met` False no candidate passes all filters: the choice is then the lowest ablation score among the candidates
-    that fail the fewest, where the paper's code stops. `effects` are per prompt, for intervals.
+    With `filters_met` False no candidate passes all filters, where the paper's code stops: the choice is then the candidate of
+    the smallest violation (of equal ones the lowest ablation score). `effects` are per prompt, for intervals.
     """
 
     chosen: Candidate
@@ -68,16 +78,17 @@ class Arditi:
     """Least mean log-odds of refusal, in nats, to which adding r must bring complying prompts."""
     search: Search = field(default_factory=Search)
 
+    def __post_init__(self) -> None:
+        if not self.max_kl > 0:
+            raise UserError(f"max_kl is {self.max_kl}; choose a positive number of nats (the paper's is 0.1)")
+
     def select(self, material: Material) -> Selection:
         """Choose on the select split among the directions of the fit split, with every score kept."""
         tried = trials(material, self.search)
         scores, place = chosen_among(
             tried,
             "linear",
-            lambda effects: {at: self._score(tried.candidates[at], one) for at, one in effects.items()},
-            lambda found: least_failing(
-                {at: one.failed for at, one in found.items()}, {at: -one.ablation for at, one in found.items()}
-            ),
+            lambda effects: {at: self._score(tried.candidates[at], one, tried.base) for at, one in effects.items()},
         )
         return Selection(
             tried.candidates[place],
@@ -92,9 +103,12 @@ class Arditi:
         chosen = self.select(material).chosen
         return lambda strength: Treatment(ablate_everywhere(material.backend, chosen.vector, strength))
 
-    def _score(self, candidate: Candidate, effects: Effects) -> Score:
+    def _score(self, candidate: Candidate, effects: Effects, base: Effects) -> Score:
         addition, kl = float(effects.added.mean()), float(effects.kl.double().mean())
-        failed = {"kl": not kl <= self.max_kl, "addition": not addition >= self.min_addition}
+        missed = {
+            "kl": shortfall(-kl, -self.max_kl, self.max_kl),
+            "addition": shortfall(addition, self.min_addition, max(self.min_addition - float(base.added.mean()), 1.0)),
+        }
         return Score(
             candidate.position,
             candidate.layer,
@@ -102,7 +116,8 @@ class Arditi:
             float(effects.removed.mean()),
             addition,
             kl,
-            tuple(name for name, fails in failed.items() if fails),
+            tuple(name for name, by in missed.items() if by > 0),
+            sum(missed.values()),
         )
 
 

@@ -52,8 +52,8 @@ class Search:
 
     n_prompts: int = 16
     """Prompts of the select split per class: refusing, complying, ordinary."""
-    stride: int = 4
-    """Layers between neighbours of the first grid; the layers around its best are tried after it."""
+    stride: int = 5
+    """Layers between neighbours of the first grid, which has every position; around its best, steps are halved down to one."""
     positions: tuple[int, ...] | None = None
     """Template tokens, counted from the end (-1 is the last); None for all after the instruction."""
     depth: float = 0.8

@@ -23,7 +23,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.methods import arditi
 from rsteer_interp.methods.base import Fitted, Material, Treatment
 from rsteer_interp.methods.candidates import Candidate, Operator, Place, Search, removal
-from rsteer_interp.methods.trials import Effects, chosen_among, least_failing, trials
+from rsteer_interp.methods.trials import Effects, chosen_among, shortfall, trials
 from rsteer_interp.nulls import cosine
 
 Pool = Literal["concatenate", "average"]
@@ -33,7 +33,8 @@ Pool = Literal["concatenate", "average"]
 class Score:
     """A candidate's two cosines, its KL in nats, its length in units of the stream, and the filters it fails.
 
-    `ablation`, the mean refusal log-odds of refusing prompts with the candidate taken out, has no part in the choice.
+    `ablation`, the mean refusal log-odds of refusing prompts with the candidate taken out, has no part in the choice. `violation`
+    adds up how far it misses the filters: KL above the limit in units of the limit; infinite for a layer too deep at position -1.
     """
 
     position: int
@@ -44,6 +45,7 @@ class Score:
     kl: float
     ablation: float
     failed: tuple[str, ...]
+    violation: float
 
     @property
     def merit(self) -> float:
@@ -54,7 +56,8 @@ class Score:
 class Selection:
     """The chosen candidate, the scores of all that were tried, the layers they were read at, and the cosine before any edit.
 
-    With `filters_met` False no candidate passes all filters: the choice is then the best among those that fail the fewest.
+    With `filters_met` False no candidate passes all filters, where the paper's code stops: the choice is then the candidate of
+    the smallest violation (of equal ones the highest sum of cosines).
     """
 
     chosen: Candidate
@@ -85,6 +88,10 @@ class Cosmic:
     """How the evaluation layers' mean states become one vector before the cosine; the authors' code has their average."""
     search: Search = field(default_factory=Search)
 
+    def __post_init__(self) -> None:
+        if not self.max_kl > 0:
+            raise UserError(f"max_kl is {self.max_kl}; choose a positive number of nats (the paper's is 0.1)")
+
     def select(self, material: Material) -> Selection:
         """Choose on the select split among the directions of the fit split, with every score kept."""
         tried = trials(material, self.search)
@@ -92,9 +99,6 @@ class Cosmic:
             tried,
             self.operator,
             lambda effects: self._scores(tried.candidates, effects, tried.base),
-            lambda found: least_failing(
-                {at: one.failed for at, one in found.items()}, {at: one.merit for at, one in found.items()}
-            ),
         )
         return Selection(
             tried.candidates[place],
@@ -116,12 +120,20 @@ class Cosmic:
         limits = (_median_peak(comply), _median_peak(refuse))
         scores = {}
         for (position, layer), one in effects.items():
-            kl = float(one.kl.double().mean())
+            at, kl = (position, layer), float(one.kl.double().mean())
             deep = position == -1 and all(layer > limit for limit in limits)
-            failed = [name for name, fails in (("kl", not kl <= self.max_kl), ("depth of -1", deep)) if fails]
-            at, ablation = (position, layer), float(one.removed.mean())
-            length = candidates[at].length
-            scores[at] = Score(position, layer, length, comply[at], refuse[at], kl, ablation, tuple(failed))
+            missed = {"kl": shortfall(-kl, -self.max_kl, self.max_kl), "depth of -1": float("inf") if deep else 0.0}
+            scores[at] = Score(
+                position,
+                layer,
+                candidates[at].length,
+                comply[at],
+                refuse[at],
+                kl,
+                float(one.removed.mean()),
+                tuple(name for name, by in missed.items() if by > 0),
+                sum(missed.values()),
+            )
         return scores
 
     def _similarity(self, a: Float[Tensor, "layer d"], b: Float[Tensor, "layer d"]) -> float:

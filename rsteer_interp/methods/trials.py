@@ -1,14 +1,14 @@
 """Trials: what each candidate does on the select split, measured once for every selector that asks.
 
 Selectors differ in what they read from a run with a candidate; here all of it is kept. A first grid has every position and every
-`stride`-th layer; a selector then tries the layers around its best (`chosen_among`).
+`stride`-th layer; a selector then tries layers between around its best (`chosen_among`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,7 +33,19 @@ from rsteer_interp.methods.candidates import (
     removal,
 )
 
-S = TypeVar("S")
+
+class Scored(Protocol):
+    """What a selector makes of a candidate's effects: how far it misses the filters (0: passes; infinite: it must not be chosen
+    while there is another), and how good it is."""
+
+    @property
+    def violation(self) -> float: ...
+
+    @property
+    def merit(self) -> float: ...
+
+
+S = TypeVar("S", bound=Scored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +103,7 @@ class Trials:
 
     def effects(self, places: Iterable[Place], operator: Operator) -> dict[Place, Effects]:
         """Effects of the candidates at these places; those that were measured before are not run again."""
-        places = [place for place in places if place in self.candidates]
+        places = [place for place in dict.fromkeys(places) if place in self.candidates]
         missing = [place for place in places if (operator, place) not in self._effects]
         fresh = self.measure([self.candidates[place] for place in missing], operator)
         self._effects |= {(operator, place): e for place, e in zip(missing, fresh, strict=True)}
@@ -150,27 +162,35 @@ def trials(material: Material, search: Search) -> Trials:
 
 
 def chosen_among(
-    found: Trials,
-    operator: Operator,
-    score: Callable[[Mapping[Place, Effects]], Mapping[Place, S]],
-    best: Callable[[Mapping[Place, S]], Place],
+    found: Trials, operator: Operator, score: Callable[[Mapping[Place, Effects]], Mapping[Place, S]]
 ) -> tuple[dict[Place, S], Place]:
-    """Scores of the first grid and of the layers around its best, and the best of all."""
-    n_layers, search = found.backend.n_layers, found.search
-    grid = search.grid(n_layers)
+    """Scores of all that were tried, and the choice: of the smallest violation, the highest merit.
+
+    After the grid, steps are halved around two candidates: the choice so far, and the highest merit of those that miss a filter
+    by a finite amount, since a layer further on they may meet it.
+    """
+    grid = found.search.grid(found.backend.n_layers)
     seen = found.effects([place for place in found.candidates if place[1] in grid], operator)
     if not seen:
         raise UserError("refusing and complying prompts do not differ at any place; check the labels of the prompts")
-    position, layer = best(score(seen))
-    around = range(layer - search.stride + 1, layer + search.stride)
-    seen |= found.effects([(position, near) for near in around], operator)
-    scores = dict(score(seen))
-    return scores, best(scores)
+    step = found.search.stride // 2
+    while step:
+        scores = score(seen)
+        within = [at for at, one in scores.items() if one.violation < float("inf")] or list(scores)
+        centres = (_choice(scores), max(within, key=lambda at: scores[at].merit))
+        seen |= found.effects([(p, layer + by) for p, layer in centres for by in (-step, step)], operator)
+        step //= 2
+    scores = score(seen)
+    return dict(scores), _choice(scores)
 
 
-def least_failing(failed: Mapping[Place, Sequence[str]], merit: Mapping[Place, float]) -> Place:
-    """The place of highest merit among those that fail the fewest filters: none, if any passes all."""
-    return min(failed, key=lambda place: (len(failed[place]), -merit[place]))
+def _choice(scores: Mapping[Place, S]) -> Place:
+    return min(scores, key=lambda at: (scores[at].violation, -scores[at].merit))
+
+
+def shortfall(value: float, least: float, scale: float) -> float:
+    """How far a value stays under what a filter asks of it, in units of `scale`; 0 for one that passes, infinite for NaN."""
+    return 0.0 if value >= least else (least - value) / scale if value < least else float("inf")
 
 
 def _texts(split: str, examples: Mapping[str, Examples], names: Sequence[str], refused: bool) -> list[str]:
