@@ -136,6 +136,53 @@ def pooled_states(
 
 
 @dataclass(frozen=True, eq=False)
+class RecordSuffix:
+    """Keeps each row's states at its last `n` prompt tokens, in their order, as float32 on CPU; an answer is not among them."""
+
+    sites: frozenset[Site]
+    n: int
+    states: dict[Site, Float[Tensor, "row pos d"]] = field(default_factory=dict)
+
+    pointwise = False
+    leaves_prefix = True  # with the template prefix alone shared, the suffix is always among the columns that pass
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        if at.phase == "prompt":
+            first = at.batch.span_end("prompt").to(x.device)[at.rows] - self.n
+            columns = (first - at.positions[:, -1] + x.shape[1] - 1)[:, None] + torch.arange(self.n, device=x.device)
+            wanted = x[torch.arange(len(x), device=x.device)[:, None], columns]
+            self.states[at.site] = wanted.detach().to("cpu", torch.float32, copy=True)
+        return x
+
+
+def suffix_states(
+    backend: Backend, rows: Sequence[Tokens], sites: Sequence[Site], on_batch: Callable[[int], None] = lambda n: None
+) -> dict[Site, Float[Tensor, "prompt pos d"]]:
+    """States at every template token after the instruction (position -1 is the last), in the order of the prompts.
+
+    Where the last word of an instruction swallows a template token, the suffix of all prompts is the shortest one. Memory:
+    prompts x suffix x sites x d_model x 4 bytes. UserError for a template that ends with the instruction.
+    """
+    n = min(row.prompt - row.instruction for row in rows)
+    if n == 0:
+        raise UserError("the chat template has no token after the instruction; directions need one at least")
+    out = {site: torch.empty(len(rows), n, backend.d_model) for site in sites}
+
+    def run(batch: Batch) -> dict[Site, Tensor]:
+        record = RecordSuffix(frozenset(sites), n)
+        backend.run(batch, record)
+        return record.states
+
+    for group, states in backend.batches(rows, run):
+        for site, value in states.items():
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
+            out[site][group] = value
+        on_batch(len(group))
+    return out
+
+
+@dataclass(frozen=True, eq=False)
 class RecordNorm:
     """Sum of the residual norm |h| over the real prompt tokens after the template prefix, and their number, per site."""
 
