@@ -1,7 +1,48 @@
 """The related papers' methods, a file each; METHODS names those that `analyses/compare_methods.py` compares."""
 
+from rsteer_interp.methods.ace import ACE
+from rsteer_interp.methods.alphasteer import AlphaSteer
+from rsteer_interp.methods.arditi import Arditi, ArditiAddition
 from rsteer_interp.methods.base import Examples, Material, Method, Treatment
+from rsteer_interp.methods.cast import Cast
+from rsteer_interp.methods.compliance_vector import Bind, Compliance
+from rsteer_interp.methods.cosmic import Cosmic, CosmicAffine
+from rsteer_interp.methods.dbdi import Dbdi
+from rsteer_interp.methods.prompting import PromptNeutral, PromptOpen, PromptSafe
+from rsteer_interp.methods.random_direction import RandomDirections
+from rsteer_interp.methods.rdo import RDO, RDORetain
+from rsteer_interp.methods.refusal_steering import (
+    MeanDifferenceReposition,
+    MeanDifferenceSteering,
+    WeightedRidgeReposition,
+    WeightedRidgeSteering,
+)
+from rsteer_interp.methods.scans import Scans
+from rsteer_interp.methods.selective import Selective
 
-METHODS: dict[str, type[Method]] = {}
+METHODS: dict[str, type[Method]] = {
+    "random": RandomDirections,
+    "prompt_neutral": PromptNeutral,
+    "prompt_open": PromptOpen,
+    "prompt_safe": PromptSafe,
+    "md": MeanDifferenceSteering,
+    "md_reposition": MeanDifferenceReposition,
+    "wrmd": WeightedRidgeSteering,
+    "wrmd_reposition": WeightedRidgeReposition,
+    "selective": Selective,
+    "arditi": Arditi,
+    "arditi_add": ArditiAddition,
+    "cosmic": Cosmic,
+    "cosmic_affine": CosmicAffine,
+    "ace": ACE,
+    "dbdi": Dbdi,
+    "scans": Scans,
+    "cast": Cast,
+    "alphasteer": AlphaSteer,
+    "rdo": RDO,
+    "rdo_retain": RDORetain,
+    "compliance": Compliance,
+    "bind": Bind,
+}
 
 __all__ = ["METHODS", "Examples", "Material", "Method", "Treatment"]
