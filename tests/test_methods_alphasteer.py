@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from importlib import resources
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsteer_interp.activations import last_states, mean_norms
-from rsteer_interp.backends.edits import Compose, Edit, Site, compose, leaves_prefix
+from rsteer_interp.backends.edits import At, Compose, Edit, Site, compose, leaves_prefix
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_log_probs, log_odds
 from rsteer_interp.interventions import AtPositions, add
@@ -253,15 +254,23 @@ def test_leakage_of_unusual_prompts_is_read_from_the_model() -> None:
 # -- the edit ------------------------------------------------------------------------------------------------------
 
 
-def _shift(backend: Any, layer: int = 1, size: float = 1.0, prefix: bool = False) -> LastTokenShift:
-    gate = LinearGate(draw(backend.d_model, seed=layer) / 3, 0.2)
-    return LastTokenShift(Site(layer), gate, size * draw(backend.d_model, seed=layer + 50), prefix)
+def _shift(backend: Any, *layers: int, prefix: bool = False) -> LastTokenShift:
+    gate = LinearGate(draw(backend.d_model, seed=layers[0]) / 3, 0.2)
+    shifts = {Site(layer): draw(backend.d_model, seed=layer + 50) for layer in layers}
+    return LastTokenShift(Site(layers[0]), gate, shifts, prefix)
 
 
-def _two(backend: Any, prefix: bool = False) -> Edit:
-    both = compose(_shift(backend, 1, prefix=prefix), _shift(backend, 3, prefix=prefix))
-    assert both is not None
-    return both
+def _shifts(backend: Any, read: str, prefix: bool = False) -> list[LastTokenShift]:
+    """Two gates, of which the second reads what the first edit left; or one gate for both places."""
+    if read == "first":
+        return [_shift(backend, 1, 3, prefix=prefix)]
+    return [_shift(backend, 1, prefix=prefix), _shift(backend, 3, prefix=prefix)]
+
+
+def _edit(backend: Any, read: str = "each", prefix: bool = False) -> Edit:
+    edit = compose(*_shifts(backend, read, prefix))
+    assert edit is not None
+    return edit
 
 
 def _restated(backend: Any, row: Any, shifts: list[LastTokenShift]) -> Edit:
@@ -271,41 +280,56 @@ def _restated(backend: Any, row: Any, shifts: list[LastTokenShift]) -> Edit:
         h = last_states(backend, [row], [shift.site], edit)[shift.site].double()[0]
         score = float(h @ shift.gate.weights) - shift.gate.offset
         spans = {"instruction", "suffix"} | ({"prefix"} if shift.prefix else set())
-        constant = add({shift.site: shift.shift}, {shift.site: score * float(shift.shift.norm())})
+        constant = add(shift.shifts, {site: score * float(v.norm()) for site, v in shift.shifts.items()})
         edit = compose(edit, AtPositions(constant, frozenset(spans)))
     assert edit is not None
     return edit
 
 
 @pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("read", ["each", "first"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
-def test_the_edit_is_the_papers_row_by_row(family: str, kind: Kind, prefix: bool) -> None:
+def test_the_edit_is_the_papers_row_by_row(family: str, kind: Kind, read: str, prefix: bool) -> None:
     """Against each prompt alone; so neighbours, padding, sharing the prefix and the order of rows do not matter."""
     backend = tiny_backend(family, kind)
-    rows, edit = tiny_rows(backend), _two(backend, prefix)
+    rows, edit = tiny_rows(backend), _edit(backend, read, prefix)
     base, got = (log_odds(backend, rows, TOKENS, e) for e in (None, edit))
-    wanted = torch.cat(
-        [
-            log_odds(
-                backend, [row], TOKENS, _restated(backend, row, [_shift(backend, x, prefix=prefix) for x in (1, 3)])
-            )
-            for row in rows
-        ]
-    )
+    alone = [_restated(backend, row, _shifts(backend, read, prefix)) for row in rows]
+    wanted = torch.cat([log_odds(backend, [row], TOKENS, one) for row, one in zip(rows, alone, strict=True)])
     assert float((wanted - base).abs().max()) > 0.1
     torch.testing.assert_close(got, wanted, atol=3e-4, rtol=0)
     torch.testing.assert_close(log_odds(backend, rows[::-1], TOKENS, edit).flip(0), got, atol=3e-4, rtol=0)
+
+
+def test_reading_once_is_not_reading_at_each_layer() -> None:
+    backend = tiny_backend("llama")
+    first = _shift(backend, 1, 3)
+    again = replace(first, site=Site(3), shifts={Site(3): first.shifts[Site(3)]})
+    each = compose(replace(first, shifts={Site(1): first.shifts[Site(1)]}), again)
+    once, twice = (log_odds(backend, tiny_rows(backend), TOKENS, e) for e in (first, each))
+    assert float((once - twice).abs().max()) > 1e-2
+    with pytest.raises(UserError, match="read it before"):
+        replace(first, site=Site(2))
+
+
+def test_a_prepared_start_changes_nothing() -> None:
+    backend = tiny_backend("llama")
+    rows = tiny_rows(backend)
+    for read in ("each", "first"):
+        edit = _edit(backend, read)
+        plain = log_odds(backend, rows, TOKENS, edit)
+        torch.testing.assert_close(log_odds(backend, backend.prepare(rows, 1), TOKENS, edit), plain, atol=1e-4, rtol=0)
 
 
 def test_prefix_is_shared_only_where_it_is_left_alone() -> None:
     backend = tiny_backend("llama")
     batch = backend.batch(tiny_rows(backend))
     for prefix in (False, True):
-        edit = _two(backend, prefix)
+        edit = _edit(backend, prefix=prefix)
         assert not edit.pointwise and leaves_prefix(edit) != prefix
         assert backend._shared_width(batch, edit, 1) == (0 if prefix else batch.rows[0].prefix)
-    with_it, without = (log_odds(backend, tiny_rows(backend), TOKENS, _two(backend, p)) for p in (True, False))
+    with_it, without = (log_odds(backend, tiny_rows(backend), TOKENS, _edit(backend, prefix=p)) for p in (True, False))
     assert float((with_it - without).abs().max()) > 1e-3
 
 
@@ -314,7 +338,7 @@ def test_prefix_is_shared_only_where_it_is_left_alone() -> None:
 def test_decoding_steps_and_answers_are_unedited(family: str, kind: Kind) -> None:
     """Every decoding step gets its own tensor back; a given answer is scored as it would be generated."""
     backend = tiny_backend(family, kind)
-    edit, seen = _two(backend), Counter[str]()
+    edit, seen = _edit(backend), Counter[str]()
 
     class Watch:
         sites, pointwise, leaves_prefix = edit.sites, False, True
@@ -340,7 +364,7 @@ def test_decoding_steps_and_answers_are_unedited(family: str, kind: Kind) -> Non
 def test_half_precision_streams_keep_their_type() -> None:
     backend = tiny_backend("llama")
     batch = backend.batch(tiny_rows(backend))
-    shift = _shift(backend)
+    shift = _shift(backend, 1)
     got: list[Tensor] = []
 
     class Half:
@@ -360,10 +384,10 @@ def test_half_precision_streams_keep_their_type() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("centred", [False, True])
-def test_the_method_removes_a_planted_refusal_and_spares_the_protected(kind: Kind, centred: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"centred": True}, {"read": "each"}, {"depth": (0.25, 0.6)}])
+def test_the_method_removes_a_planted_refusal_and_spares_the_protected(kind: Kind, options: dict[str, Any]) -> None:
     material = planted_material(kind=kind)
-    method = AlphaSteer(centred=centred, null=0.5)
+    method = AlphaSteer(null=0.5, **options)
     assert isinstance(method, Method)
     fitted = method.fit(material)
 
@@ -375,27 +399,68 @@ def test_the_method_removes_a_planted_refusal_and_spares_the_protected(kind: Kin
     edits = [fitted(s).edit for s in AlphaSteer.strengths]
     curve = torch.stack([base["political"].mean(), *(odds("political", e).mean() for e in edits)])
     assert bool((curve.diff() < 0).all()), curve
-    moved = {name: float((odds(name, edits[-1]) - base[name]).abs().mean()) for name in base}
-    assert max(moved[n] for n in ("harm", "kitchen", "arts")) < 0.6 * moved["political"], moved
+
+    def removed(edit: Edit | None) -> dict[str, float]:
+        """Of each protected set, as a share of what is removed of the other."""
+        fall = {name: float((base[name] - odds(name, edit)).mean()) for name in base}
+        return {name: fall[name] / fall["political"] for name in ("harm", "kitchen", "arts")}
+
+    assert max(removed(edits[-1]).values()) < 0.2
+    if (
+        not method.centred
+    ):  # the fault: without the null space the gate is about the common mean, and everybody is edited
+        assert min(removed(replace(method, null=1.0).fit(material)(AlphaSteer.strengths[-1]).edit).values()) > 0.9
 
 
-def test_strength_is_the_relative_dose_where_the_score_is_one() -> None:
+@pytest.mark.parametrize("read", ["each", "first"])
+def test_strength_is_the_relative_dose_on_the_fitted_prompts_and_points_away_from_refusal(read: Any) -> None:
     material = planted_material()
-    method = AlphaSteer()
+    method = AlphaSteer(depth=(0.25, 0.6), read=read)
     sites = band(material.n_layers, method.depth)
+    assert len(sites) == 2
     edit = method.fit(material)(0.1).edit
     assert edit is not None and edit.sites == frozenset(sites)
+    parts = edit.edits if isinstance(edit, Compose) else (edit,)
+    assert len(parts) == (2 if read == "each" else 1)
     fit = material.fit["political"]
-    sizes = mean_norms(material.backend, material.template.encode_all(fit.where(fit.refused).texts), sites)
-    assert isinstance(edit, Compose)
-    for part in edit.edits:
+    fitted = fit.where(fit.refused)
+    sizes = mean_norms(material.backend, material.template.encode_all(fitted.texts), sites)
+    for part in parts:
         assert isinstance(part, LastTokenShift)
-        assert float(part.shift.norm()) == pytest.approx(0.1 * sizes[part.site], rel=1e-6)
-        seen = evidence(material, [part.site])[part.site]
-        assert cosine(part.shift, seen.complying.mean - seen.refusing.mean) > 1 - 1e-6  # away from refusal
+        scores = part.gate.scores(fitted.states[part.site])
+        for site, shift in part.shifts.items():
+            assert float((scores[:, None] * shift).mean(0).norm()) == pytest.approx(0.1 * sizes[site], rel=1e-5)
+            seen = evidence(material, [site])[site]
+            assert cosine(shift, seen.complying.mean - seen.refusing.mean) > 1 - 1e-6
     for prefix in (False, True):
         edit = AlphaSteer(prefix=prefix).fit(material)(0.1).edit
         assert edit is not None and leaves_prefix(edit) != prefix
+
+
+def test_gates_of_their_own_starve_where_one_reading_does_not() -> None:
+    """States h = y r: the second gate reads what the first edit left of r, so two edits of size a move (1 - (1 - a)^2) |r|."""
+    d = 8
+    r = torch.zeros(d, dtype=torch.float64)
+    r[0] = 2.0
+    gate = LinearGate(r / float(r @ r), 0.0)
+    rows = tiny_rows(tiny_backend("llama"))
+    batch = tiny_backend("llama").batch(rows)
+    h = r.expand(len(rows), batch.ids.shape[1], d)
+
+    def moved(edits: list[LastTokenShift], sites: list[Site]) -> float:
+        x, memory = h, {}  # type: ignore[var-annotated]
+        for site in sites:
+            for edit in edits:
+                if site in edit.sites:
+                    at = At(site, "prompt", 0, batch.positions, batch.mask, torch.arange(len(rows)), batch, memory)
+                    x = edit(x, at)
+        return float((h - x)[0, -1, 0]) / 2
+
+    sites = [Site(1), Site(2)]
+    for a in (0.1, 0.5, 1.0):
+        each = [LastTokenShift(s, gate, {s: -a * r}) for s in sites]
+        assert moved(each, sites) == pytest.approx(1 - (1 - a) ** 2)
+        assert moved([LastTokenShift(sites[0], gate, dict.fromkeys(sites, -a * r))], sites) == pytest.approx(2 * a)
 
 
 def test_rows_of_the_tiny_prompts_differ_in_length() -> None:
@@ -413,7 +478,8 @@ def unusual() -> tuple[Prompt, ...]:
 
 def test_unusual_prompts_are_split_by_subject_with_every_category_in_each() -> None:
     prompts = unusual()
-    assert len(prompts) == 60 == len({p.prompt for p in prompts})
+    header = json.loads((resources.files("rsteer_interp") / "data" / "unusual.jsonl").read_text("utf-8").split("\n")[0])
+    assert len(prompts) == 60 == len({p.prompt for p in prompts}) == header["n"] and header["set"] == "unusual"
     categories = {p.category for p in prompts}
     assert {"maths", "code", "other_languages", "tables", "copy_editing"} <= categories
     subjects: Counter[str] = Counter()

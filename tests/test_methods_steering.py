@@ -233,10 +233,17 @@ def test_dose_of_the_selective_edit_is_its_strength() -> None:
     assert float(moved[edited].mean() / before.norm(dim=-1).mean()) == pytest.approx(0.1, rel=0.03)
 
 
+def test_bands_are_shares_of_the_depth_and_never_empty() -> None:
+    assert band(24, (0.5, 0.67)) == [Site(layer) for layer in range(12, 17)]
+    assert band(40, (0.0, 0.1)) == [Site(layer) for layer in range(1, 5)]  # not the first
+    assert band(4, (0.57, 0.7)) == [Site(3)] and band(4, (0.51, 0.6)) == [Site(2)]
+    assert band(2, (0.5, 0.67)) == band(2, (0.9, 0.95)) == [Site(1)]
+
+
 def test_what_is_missing_is_named() -> None:
     material = planted_material()
-    with pytest.raises(UserError, match="widen it"):
-        Selective(depth=(0.51, 0.6)).fit(material)
+    with pytest.raises(UserError, match="use a deeper model"):
+        band(1, (0.5, 0.67))
     answered = {**material.fit, "political": material.fit["political"].where(material.fit["political"].answered)}
     answered["plain"] = material.fit["plain"].where(material.fit["plain"].answered)
     with pytest.raises(UserError, match="no refusing prompts"):

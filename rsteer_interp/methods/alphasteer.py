@@ -7,6 +7,8 @@ the ridge solution of (H_m P) Delta~ = R. Every row of R is the same vector r, s
 
 the ridge regression, without intercept, of "1 on the prompts to be edited" inside the null space. It is made once, in the
 prompt pass, from the last prompt token's state at the block input, and added to all prompt positions; decoding is unedited.
+The paper steers towards refusal, at each layer by a gate of its own; away from it, one reading serves all layers here (see
+`AlphaSteer.read`), and the template prefix is left alone. Both have the paper's form as an option.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -126,19 +128,26 @@ def steering_matrix(
 
 @dataclass(frozen=True, eq=False)
 class LastTokenShift:
-    """h' = h + (<h_last, w> - offset) shift at the prompt's positions, h_last the last prompt token's state at this site.
+    """h' = h + (<h_last, w> - offset) shift at the prompt's positions, h_last the last prompt token's state at `site`.
 
-    In the prompt pass alone, and not on a given answer, which stands where decoding steps would be. The template prefix is
-    left as it is unless `prefix` (the paper's version): a prefix that depends on the prompt's end cannot be shared
-    between prompts.
+    In the prompt pass alone, and not on a given answer, which stands where decoding steps would be. `shifts` are by site: the
+    paper's edit reads and shifts at one site, and several such edits each read what those before have left; one edit with
+    shifts at later sites too reads once. The template prefix is left as it is unless `prefix` (the paper's version): a
+    prefix that depends on the prompt's end cannot be shared between prompts.
     """
 
     site: Site
     gate: LinearGate
-    shift: Float[Tensor, " d"]
+    shifts: Mapping[Site, Float[Tensor, " d"]]
     prefix: bool = False
 
     pointwise = False
+
+    def __post_init__(self) -> None:
+        if self.site > min(self.shifts):
+            raise UserError(
+                f"the score is read at {self.site}, after the first shift at {min(self.shifts)}; read it before"
+            )
 
     @property
     def leaves_prefix(self) -> bool:
@@ -146,7 +155,7 @@ class LastTokenShift:
 
     @property
     def sites(self) -> frozenset[Site]:
-        return frozenset({self.site})
+        return frozenset({self.site, *self.shifts})
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         if at.phase != "prompt":
@@ -155,11 +164,15 @@ class LastTokenShift:
         def end(span: str) -> Tensor:
             return at.batch.span_end(span).to(x.device)[at.rows][:, None]
 
+        if at.site == self.site:
+            at.memory[self] = self.gate.scores(pooled(x, at, "last"))
+        if at.site not in self.shifts:
+            return x
         own = at.mask & (at.positions < end("prompt"))
         if not self.prefix:
             own = own & (at.positions >= end("prefix"))
-        scores = self.gate.scores(pooled(x, at, "last"))
-        moved = (scores[:, None] * self.shift.to(scores)).to(x.dtype)
+        scores = at.memory[self].to(x.device)
+        moved = (scores[:, None] * self.shifts[at.site].to(scores)).to(x.dtype)
         return torch.where(own[..., None], x + moved[:, None], x)
 
 
@@ -190,7 +203,7 @@ def leakage(
 ) -> list[Leakage]:
     """Leakage at a site for every null fraction, uncentred (the paper's) and centred; fitted on fit, read on select.
 
-    The protected sets, and `extra` prompts by name (such as unusual ones), for which the model is run once.
+    Sets: the kept and the ordinary ones, and `extra` prompts by name (such as unusual ones), for which the model is run once.
     """
     edited, protected = _classes(material, material.fit)
     moments = Moments.of(protected[site])
@@ -231,22 +244,27 @@ class AlphaSteer:
     """Edited are the refused prompts of the set whose refusals are to go; protected the set whose refusals stay, the
     ordinary sets and the answered contrast; r = -|resid| v, v the unit mean difference, away from refusal.
 
-    Strength: |edit| / |resid| on a prompt with <h, w> = 1, at each layer of the band. The paper chooses layers by model, a third
-    of them between 0.18 and 0.68 of the depth, and null fractions of 0.3 to 0.6 by layer; here one fraction.
+    Strength: |edit| / |resid| at each layer of the band, on average over the fitted prompts to be edited. lambda is scaled so,
+    since the ridge of 10 shrinks <h, w> the more the fewer those prompts are.
     """
 
     name: ClassVar[str] = "alphasteer"
     label: ClassVar[str] = "AlphaSteer"
     source: ClassVar[str] = "arXiv 2506.07022"
-    strengths: ClassVar[tuple[float, ...]] = (0.04, 0.08, 0.12, 0.2)
+    strengths: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.15, 0.2)
 
     null: float = 0.6
     """Share of the dimensions that P keeps; with few protected prompts it keeps more (see NullSpace)."""
     centred: bool = False
     """Measure states from the protected mean: the paper's uncentred P is mostly about that mean and a few huge coordinates."""
     penalty: float = PENALTY
-    depth: tuple[float, float] = (0.25, 0.6)
-    """The layers that are steered, as shares of the depth."""
+    depth: tuple[float, float] = (0.57, 0.7)
+    """The layers that are steered, as shares of the depth; the paper chooses some ten by model, between 0.18 and 0.68."""
+    read: Literal["first", "each"] = "first"
+    """Whether the score is read once, at the first steered layer (ours), or at each layer by a gate of its own (the paper).
+
+    Towards refusal, the paper's use, an edit feeds the gates after it. Away from it, along the very difference that they
+    read, it starves them: then neither more layers nor more strength remove much more."""
     prefix: bool = False
     """Whether the template prefix is moved too, as in the paper; it is left alone unless asked, so that it can be shared."""
 
@@ -255,10 +273,17 @@ class AlphaSteer:
         sites = band(material.n_layers, self.depth)
         units = {site: d.unit for site, d in fit_directions(MeanDifference(), evidence(material, sites)).items()}
         sizes, gates = norms(material, sites), self.gates(material, sites)
+        edited = _classes(material, material.fit)[0]
+        mean_score = {site: float(gates[site].scores(edited[site]).mean()) for site in sites}
 
         def treatment(strength: float) -> Treatment:
-            shifts = {site: -strength * sizes[site] * units[site] for site in sites}
-            return Treatment(compose(*(LastTokenShift(s, gates[s], shifts[s], self.prefix) for s in sites)))
+            def shifts(read: Site, moved: list[Site]) -> LastTokenShift:
+                vectors = {s: -strength / mean_score[read] * sizes[s] * units[s] for s in moved}
+                return LastTokenShift(read, gates[read], vectors, self.prefix)
+
+            if self.read == "first":
+                return Treatment(shifts(sites[0], sites))
+            return Treatment(compose(*(shifts(site, [site]) for site in sites)))
 
         return treatment
 

@@ -73,7 +73,7 @@ class MeanDifferenceSteering:
     name: ClassVar[str] = "md"
     label: ClassVar[str] = "mean difference"
     source: ClassVar[str] = SOURCE
-    strengths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0)
+    strengths: ClassVar[tuple[float, ...]] = (0.1, 0.25, 0.5, 1.0)
 
     estimator: DirectionEstimator = field(default_factory=MeanDifference)
     k: int = 4
@@ -123,6 +123,7 @@ class MeanDifferenceReposition(MeanDifferenceSteering):
 
     name: ClassVar[str] = "md_reposition"
     label: ClassVar[str] = "mean difference, reposition"
+    strengths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0)
 
     reposition: bool = True
 
@@ -133,6 +134,7 @@ class WeightedRidgeSteering(MeanDifferenceSteering):
 
     name: ClassVar[str] = "wrmd"
     label: ClassVar[str] = "weighted ridge"
+    strengths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0)
 
     estimator: DirectionEstimator = field(default_factory=WeightedRidgeMeanDifference)
 

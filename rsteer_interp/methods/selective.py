@@ -29,12 +29,14 @@ from rsteer_interp.moments import Moments
 
 
 def band(n_layers: int, depth: tuple[float, float]) -> list[Site]:
-    """Block inputs whose share of the depth lies in a range, without the first. UserError when there are none."""
+    """Block inputs whose share of the depth lies in a range, without the first; of a model too shallow for the range, the one
+    nearest to its middle. UserError for a single layer."""
     low, high = depth
-    sites = [Site(layer) for layer in range(1, n_layers) if low <= layer / n_layers <= high]
-    if not sites:
-        raise UserError(f"no block input of {n_layers} layers lies between {low:g} and {high:g} of the depth; widen it")
-    return sites
+    layers = range(1, n_layers)
+    if not layers:
+        raise UserError("a model of one layer has no block input after the first; use a deeper model")
+    nearest = min(layers, key=lambda layer: abs(layer / n_layers - (low + high) / 2))
+    return [Site(layer) for layer in layers if low <= layer / n_layers <= high] or [Site(nearest)]
 
 
 def norms(material: Material, sites: list[Site]) -> dict[Site, float]:
