@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 RESULTS ?= results
 OUT ?= $(RESULTS)/reproduce
 MODEL ?= demo
-STUDIES := $(shell grep -l '(StudyConfig)' analyses/*.py)
+STUDIES := $(filter-out analyses/compare_methods.py,$(shell grep -l '(StudyConfig)' analyses/*.py))
 
-.PHONY: demo studies page figures test check bench clean
+.PHONY: demo studies compare page figures test check bench clean
 
 # The environment is ready when its stamp is newer than the lock; an interrupted install starts over from pip's cache.
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -28,6 +28,11 @@ studies: $(VENV)/.ready
 		echo "== $$study" && \
 		$(BIN)/python $$study --model $(MODEL) --out $(RESULTS)/$$(basename $$study .py) --scores $(RESULTS)/scores || exit; \
 	done
+	$(MAKE) --no-print-directory page
+
+# Every related method under one protocol, resumable by method; the longest of the studies.
+compare: $(VENV)/.ready
+	$(BIN)/python analyses/compare_methods.py --model $(MODEL) --out $(RESULTS)/compare_methods --scores $(RESULTS)/scores
 	$(MAKE) --no-print-directory page
 
 # One page of every stored result of a model; no model is loaded.

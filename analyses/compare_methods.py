@@ -31,7 +31,7 @@ class Config(StudyConfig):
     """Prompt set whose refusals are to stay."""
     ordinary: tuple[str, ...] = ("harmless_matched", "general")
     """Prompt sets that methods may learn to leave alone."""
-    watch: tuple[str, ...] = ("borderline", "general")
+    watch: tuple[str, ...] = ("borderline", "general", "unusual")
     """Prompt sets on which over-refusal is reported."""
     target: float = 0.7
     """Share of refused select prompts to be answered, at which methods are compared at matched removal."""

@@ -31,6 +31,7 @@ BUILT_IN = (
     "borderline",
     "general",
     "taxes",
+    "unusual",
     "conversations",
 )
 _TEXT_COLUMNS = ("prompt", "Goal", "goal", "question", "instruction", "text")

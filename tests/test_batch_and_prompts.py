@@ -109,7 +109,14 @@ def test_template_errors_name_the_remedy() -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_sets(name: str) -> None:
     least = {"political_sensitive": 240, "political_matched": 240, "world_politics": 100, "harmful": 120}
-    least |= {"harmless_matched": 120, "borderline": 60, "general": 200, "taxes": 100, "conversations": 128}
+    least |= {
+        "harmless_matched": 120,
+        "borderline": 60,
+        "general": 200,
+        "taxes": 100,
+        "conversations": 128,
+        "unusual": 60,
+    }
     prompts = load_prompts(name)
     assert len(prompts) >= least[name]
     texts = [t.lower() for t in prompts.texts]

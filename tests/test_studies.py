@@ -28,6 +28,10 @@ SIZES = {
     "layer_concentration": ["--refusing", "6", "--random", "4", "--methods", "md", "wmd"],
     "component_attribution": ["--heads", "2", "--random", "6", "--prompts", "6"],
     "patch_effects": ["--report", "96", "--pairs", "6"],
+    "compare_methods": [
+        *("--fit", "40", "--select", "40", "--report", "40", "--methods", "md", "selective", "prompt_open"),
+        *("--judged", "16", "--screened", "8", "--conversations", "8"),
+    ],
     # Enough of both verdicts for several kinds of refusal.
     "refusal_geometry": [
         "--fit",
@@ -95,9 +99,13 @@ def ran(request: pytest.FixtureRequest, root: Path) -> Iterator[Ran]:
     yield Ran(name, out, first, second, before, _on_disk(out, scores))
 
 
-def test_make_studies_runs_what_is_tested() -> None:
+def test_make_runs_what_is_tested() -> None:
     said = subprocess.run(["make", "-n", "studies"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert sorted(set(re.findall(r"analyses/(\w+)\.py", said.split("; do")[0]))) == studies()
+    compared = subprocess.run(["make", "-n", "compare"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (
+        sorted(set(re.findall(r"analyses/(\w+)\.py", said.split("; do")[0] + compared.split("page.py")[0])))
+        == studies()
+    )
 
 
 def test_it_answers_its_question(ran: Ran) -> None:

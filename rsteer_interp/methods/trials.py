@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.activations import RecordLast, suffix_states
-from rsteer_interp.backends.base import Rows
+from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
