@@ -32,17 +32,17 @@ def draw(result: Result) -> Drawing:
     rows, names = data["methods"], data["names"]
     order = sorted(rows, key=lambda name: -rows[name]["best"]["score"])
     panels: list[tuple[str, dict[str, Mapping[str, Any] | None]]] = [
-        (f"refused {_words(names['remove'])}\nnow answered", {n: rows[n]["own_best"]["removed"] for n in order}),
-        (f"refused {_words(names['keep'])}\nstill refused", {n: rows[n]["own_best"]["kept"] for n in order}),
+        (f"{_words(names['remove'])}:\nnow answered", {n: rows[n]["own_best"]["removed"] for n in order}),
+        (f"{_words(names['keep'])}:\nstill refused", {n: rows[n]["own_best"]["kept"] for n in order}),
         (
-            f"the same, where {data['target']:.0%}\nare answered (log-odds)",
+            f"the same at\n{data['target']:.0%} removal",
             {n: (rows[n]["matched"] or {}).get("kept") for n in order},
         ),
         (
-            f"{_words(names['watch'][0])} refused,\nchange",
+            f"{_words(names['watch'][0])}:\nrefused, change",
             {n: rows[n]["own_best"]["watched"][names["watch"][0]]["difference"] for n in order},
         ),
-        ("KL on benign answers,\nnats per token", {n: rows[n]["own_best"]["kl"] for n in order}),
+        ("benign answers:\nKL, nats per token", {n: rows[n]["own_best"]["kl"] for n in order}),
     ]
     from matplotlib.figure import Figure
 
@@ -51,7 +51,7 @@ def draw(result: Result) -> Drawing:
         every = figure.subplots(1, len(panels), sharey=True)
         for axes, (title, values) in zip(every, panels, strict=True):
             _panel(axes, values, order, data["null"])
-            axes.set_title(title, fontsize=7)
+            axes.set_title(title, fontsize=6.5)
         every[0].set_yticks(range(len(order)), [rows[n]["label"] for n in order], fontsize=6.5)
         every[0].set_ylim(len(order) - 0.4, -0.6)
         for axes in every[:3]:

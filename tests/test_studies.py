@@ -30,7 +30,7 @@ SIZES = {
     "patch_effects": ["--report", "96", "--pairs", "6"],
     "compare_methods": [
         *("--fit", "40", "--select", "40", "--report", "40", "--methods", "md", "selective", "prompt_open"),
-        *("--judged", "16", "--screened", "8", "--conversations", "8"),
+        *("--judged", "16", "--screened", "8", "--conversations", "8", "--watch", "borderline", "general"),
     ],
     # Enough of both verdicts for several kinds of refusal.
     "refusal_geometry": [
