@@ -77,7 +77,10 @@ def fit_cones(
 
 @dataclass(frozen=True)
 class SampleTest:
-    """Effects of random directions of a cone and of random vectors; p of the Mann-Whitney test that the cone's are larger."""
+    """Effects of random directions of a cone and of random vectors; p of the Mann-Whitney test that the cone's are larger.
+
+    p is about the directions of this cone, not about cones drawn anew: directions of one cone are alike.
+    """
 
     cone: tuple[float, ...]
     random: tuple[float, ...]

@@ -180,7 +180,7 @@ class RDO:
     reply_tokens: int = 4  # of the model's own replies to ordinary prompts
     n_prompts: int = 32  # at most, for each term
     batch: int = 8
-    steps: int = 24
+    steps: int = 20
     lr: float = 1e-2
     retain: float = 0.0
 
