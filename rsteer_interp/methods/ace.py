@@ -125,7 +125,7 @@ class ACE:
     """
 
     name: ClassVar[str] = "ace"
-    label: ClassVar[str] = "affine concept editing (ACE)"
+    label: ClassVar[str] = "Affine edit (ACE)"
     source: ClassVar[str] = "arXiv 2411.09003"
     strengths: ClassVar[tuple[float, ...]] = (1.0, 1.5, 2.0, 3.0)
 

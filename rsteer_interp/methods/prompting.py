@@ -49,7 +49,7 @@ class PromptOpen(SystemPrompt):
     """A system prompt that asks for direct answers on political subjects."""
 
     name: ClassVar[str] = "prompt_open"
-    label: ClassVar[str] = "system prompt: open"
+    label: ClassVar[str] = "System prompt: open"
 
     text: str = OPEN
 
@@ -59,7 +59,7 @@ class PromptSafe(SystemPrompt):
     """A system prompt that asks for care: the opposite pull, which should keep harmful refusals and may add others."""
 
     name: ClassVar[str] = "prompt_safe"
-    label: ClassVar[str] = "system prompt: safe"
+    label: ClassVar[str] = "System prompt: safe"
 
     text: str = SAFE
 
@@ -69,6 +69,6 @@ class PromptNeutral(SystemPrompt):
     """The null of both: a system prompt of about their length that asks for nothing."""
 
     name: ClassVar[str] = "prompt_neutral"
-    label: ClassVar[str] = "system prompt: neutral"
+    label: ClassVar[str] = "System prompt: neutral"
 
     text: str = NEUTRAL

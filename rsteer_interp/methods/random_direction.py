@@ -21,7 +21,7 @@ class RandomDirections:
     """
 
     name: ClassVar[str] = "random"
-    label: ClassVar[str] = "random directions"
+    label: ClassVar[str] = "Random directions"
     source: ClassVar[str] = "null"
     strengths: ClassVar[tuple[float, ...]] = MeanDifferenceSteering.strengths
 

@@ -169,7 +169,7 @@ class RDO:
     """
 
     name: ClassVar[str] = "rdo"
-    label: ClassVar[str] = "Gradient-trained direction (RDO)"
+    label: ClassVar[str] = "Trained direction (RDO)"
     source: ClassVar[str] = "Wollschlaeger et al., The Geometry of Refusal, arXiv 2502.17420"
     strengths: ClassVar[tuple[float, ...]] = (0.5, 0.75, 1.0, 1.25)
 
@@ -238,7 +238,7 @@ class RDORetain(RDO):
     lost there counts as much as a nat per token of the paper's terms."""
 
     name: ClassVar[str] = "rdo_retain"
-    label: ClassVar[str] = "Gradient-trained direction, retaining (RDO + retain)"
+    label: ClassVar[str] = "Trained, retaining (RDO)"
 
     retain: float = 1.0
 

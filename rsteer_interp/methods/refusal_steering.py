@@ -71,7 +71,7 @@ class MeanDifferenceSteering:
     """
 
     name: ClassVar[str] = "md"
-    label: ClassVar[str] = "mean difference"
+    label: ClassVar[str] = "Mean difference"
     source: ClassVar[str] = SOURCE
     strengths: ClassVar[tuple[float, ...]] = (0.1, 0.25, 0.5, 1.0)
 
@@ -122,7 +122,7 @@ class MeanDifferenceReposition(MeanDifferenceSteering):
     """MD with reposition, which the paper's finder never chose."""
 
     name: ClassVar[str] = "md_reposition"
-    label: ClassVar[str] = "mean difference, reposition"
+    label: ClassVar[str] = "Mean difference, reposition"
     strengths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0)
 
     reposition: bool = True
@@ -133,7 +133,7 @@ class WeightedRidgeSteering(MeanDifferenceSteering):
     """WRMD with addition: the paper's best row (of 80B parameters, with k = 16 of 48 layers)."""
 
     name: ClassVar[str] = "wrmd"
-    label: ClassVar[str] = "weighted ridge"
+    label: ClassVar[str] = "Weighted ridge"
     strengths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0)
 
     estimator: DirectionEstimator = field(default_factory=WeightedRidgeMeanDifference)
@@ -144,6 +144,6 @@ class WeightedRidgeReposition(WeightedRidgeSteering):
     """WRMD with reposition."""
 
     name: ClassVar[str] = "wrmd_reposition"
-    label: ClassVar[str] = "weighted ridge, reposition"
+    label: ClassVar[str] = "Weighted ridge, reposition"
 
     reposition: bool = True

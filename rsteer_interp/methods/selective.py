@@ -53,7 +53,7 @@ class Selective:
     """
 
     name: ClassVar[str] = "selective"
-    label: ClassVar[str] = "mean difference with a condition"
+    label: ClassVar[str] = "Mean difference, conditional (ours)"
     source: ClassVar[str] = "this toolkit; after arXiv 2409.05907 and 2506.07022"
     strengths: ClassVar[tuple[float, ...]] = (0.04, 0.06, 0.08, 0.11)
 
