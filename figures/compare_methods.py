@@ -30,7 +30,7 @@ def draw(result: Result) -> Drawing:
     if not data.get("applicable"):
         raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
     rows, names = data["methods"], data["names"]
-    order = sorted(rows, key=lambda name: -rows[name]["best"]["score"])
+    order = sorted(rows, key=lambda name: -rows[name]["select_score"])
     panels: list[tuple[str, dict[str, Mapping[str, Any] | None]]] = [
         (f"{_words(names['remove'])}:\nnow answered", {n: rows[n]["own_best"]["removed"] for n in order}),
         (f"{_words(names['keep'])}:\nstill refused", {n: rows[n]["own_best"]["kept"] for n in order}),

@@ -24,7 +24,7 @@ from rsteer_interp.studies.method_comparison.outcomes import (
     refused_prompts,
 )
 from rsteer_interp.studies.method_comparison.reading import Reading
-from rsteer_interp.studies.method_comparison.selection import choose, try_strengths
+from rsteer_interp.studies.method_comparison.selection import choose, judged_score, try_strengths
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             )
     reading = Reading(study, material_of(study, config))
     rows = {name: measure(study, config, reading, METHODS[name]()) for name in names}
-    leader = max(rows, key=lambda name: rows[name]["best"]["score"])
+    leader = max(rows, key=lambda name: rows[name]["select_score"])
     data = {
         "methods": rows,
         "null": NULL,
@@ -106,16 +106,19 @@ def measure(study: Study, config: Config, reading: Reading, method: Method) -> d
         talks = list(conversations("select", config.conversations // 2, config.seed))
         trials = try_strengths(reading, fitted, method.strengths, talks, config.screened)
         chosen = choose(trials, target=config.target, bound=config.bound)
+        treatment = fitted(chosen.best.strength)
+        score = judged_score(reading, treatment, method.name, config.screened)
         cost["select_seconds"] = time.perf_counter() - begin - cost["fit_seconds"]
         talks = list(conversations("report", config.conversations, config.seed))
         begin = time.perf_counter()
-        own = at_own_best(reading, fitted(chosen.best.strength), method.name, config.watch, talks, config.judged)
+        own = at_own_best(reading, treatment, method.name, config.watch, talks, config.judged)
         cost["report_seconds"] = time.perf_counter() - begin
         matched = at_matched_removal(reading, fitted, chosen, config.judged)
         return {
             "label": method.label,
             "source": method.source,
-            "best": asdict(chosen.best) | {"score": chosen.best.score},
+            "best": asdict(chosen.best),
+            "select_score": score,
             "trials": [asdict(t) for t in chosen.trials],
             "own_best": own,
             "matched": matched,
@@ -167,7 +170,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
     for column in (*columns, "matched: removed", "kept", "fit s", "fit prompts"):
         table.add_column(column)
     base = data["base_answer_perplexity"]["value"]
-    for name, row in sorted(data["methods"].items(), key=lambda item: -item[1]["best"]["score"]):
+    for name, row in sorted(data["methods"].items(), key=lambda item: -item[1]["select_score"]):
         own, matched, test = row["own_best"], row["matched"], data["against_null"].get(name)
         table.add_row(
             row["label"],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.evaluation import AnswerEffects, answer_effects, answer_log_probs, log_odds, prompted_effects
 from rsteer_interp.gates import balanced_threshold
 from rsteer_interp.methods import Material, Treatment
@@ -39,7 +40,7 @@ class Reading:
         return balanced_threshold(odds[confidence > 0], {"answered": odds[confidence < 0]})
 
     def odds(self, texts: Sequence[str], treatment: Treatment) -> Float[Tensor, " prompt"]:
-        rows = self.study.backend.template(treatment.system).encode_all(texts)
+        rows = self._template(treatment).encode_all(texts)
         return log_odds(self.study.backend, rows, self.study.refusal_tokens, treatment.edit)
 
     def refused(self, name: str, texts: Sequence[str], treatment: Treatment) -> Bool[Tensor, " prompt"]:
@@ -51,7 +52,7 @@ class Reading:
     ) -> tuple[Bool[Tensor, " prompt"], Float[Tensor, " prompt"]]:
         """Whether greedy replies refuse, and their mean log-probability per token under the unchanged model (nats)."""
         backend, template = self.study.backend, self.study.template
-        rows = backend.template(treatment.system).encode_all(texts)
+        rows = self._template(treatment).encode_all(texts)
         with progress(label, len(texts)) as advance:
             groups = reply_and_judge(
                 backend,
@@ -75,5 +76,9 @@ class Reading:
         rows = [self.study.template.encode(talk.prompt, talk.answer) for talk in talks]
         if treatment.system is None:
             return answer_effects(backend, rows, treatment.edit)
-        prompted = [backend.template(treatment.system).encode(talk.prompt, talk.answer) for talk in talks]
+        prompted = [self._template(treatment).encode(talk.prompt, talk.answer) for talk in talks]
         return prompted_effects(backend, rows, prompted, treatment.edit)
+
+    def _template(self, treatment: Treatment) -> ChatTemplate:
+        template = self.study.template
+        return template if treatment.system is None else replace(template, system=treatment.system)

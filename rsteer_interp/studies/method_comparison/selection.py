@@ -40,10 +40,7 @@ def try_strengths(
 ) -> tuple[Trial, ...]:
     """Trials at 0 and at every strength, on at most `screened` refused select prompts of either set."""
     material = reading.material
-    texts = {
-        name: material.select[name].where(material.select[name].refused).texts[:screened]
-        for name in (material.remove, material.keep)
-    }
+    texts = {name: refused_on_select(reading, name, screened) for name in (material.remove, material.keep)}
 
     def trial(strength: float) -> Trial:
         treatment = fitted(strength) if strength else Treatment()
@@ -52,6 +49,21 @@ def try_strengths(
         return Trial(strength, 1 - float(still[material.remove]), float(still[material.keep]), kl)
 
     return tuple(trial(strength) for strength in (0.0, *strengths))
+
+
+def refused_on_select(reading: Reading, name: str, n: int) -> list[str]:
+    """Refused select prompts of a set, at most n."""
+    examples = reading.material.select[name]
+    return examples.where(examples.refused).texts[:n]
+
+
+def judged_score(reading: Reading, treatment: Treatment, label: str, n: int) -> float:
+    """The score from judged replies on select, by which methods are ranked. Log-odds, which serve to choose among a method's own
+    strengths, would not do: what changes the prompt changes the words that refusals begin with."""
+    m = reading.material
+    removed, _ = reading.judged(refused_on_select(reading, m.remove, n), treatment, f"{label}: select {m.remove}")
+    kept, _ = reading.judged(refused_on_select(reading, m.keep, n), treatment, f"{label}: select {m.keep}")
+    return float(kept.double().mean() - removed.double().mean())
 
 
 def choose(trials: Sequence[Trial], *, target: float, bound: float) -> Chosen:
