@@ -152,8 +152,8 @@ def finding(data: Mapping[str, Any]) -> str:
     return (
         f"Of {len(rows)} methods, each at the strength chosen for it on other prompts, {lead['label']} separates the two refusals best: "
         f"{_percent(own['removed'])} of refused {names['remove']} prompts are answered{beyond} and {_percent(own['kept'])} of refused "
-        f"{names['keep']} prompts stay refused, KL {interval(own['kl'], 3)} nats per token. Random directions: "
-        f"{_percent(random['removed'])} and {_percent(random['kept'])}.{matched}"
+        f"{names['keep']} prompts stay refused, KL {interval(own['kl'], 3)} nats per token; under random "
+        f"directions {_percent(random['removed'])} and {_percent(random['kept'])}.{matched}"
     )
 
 
