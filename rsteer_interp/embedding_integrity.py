@@ -12,7 +12,7 @@ checks: a digest of the embedding matrix, and whether each perturbed vector stil
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -210,10 +210,21 @@ def embedding_matrix(backend: Backend) -> Float[Tensor, "vocab d"]:
 def embedding_digest(backend: Backend) -> str:
     """blake2b of the embedding matrix: shape, dtype and every byte. Notices any change of the stored matrix, and none of a
     vector that is changed on its way into the first block."""
-    matrix = embedding_matrix(backend)
-    digest = hashlib.blake2b(f"{tuple(matrix.shape)}|{matrix.dtype}".encode(), digest_size=16)
-    for rows in matrix.split(4096):  # by rows: bounded memory on any device
-        digest.update(rows.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return _digest([("embedding", embedding_matrix(backend))])
+
+
+def weights_digest(backend: Backend) -> str:
+    """blake2b of every byte of every parameter (a fingerprint is of a sample); of one that is not at hand, name and shape."""
+    return _digest(sorted(backend.model.named_parameters(), key=lambda named: named[0]))
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        if tensor.device.type != "meta":
+            for part in tensor.detach().flatten().split(1 << 22):  # by parts: bounded memory on any device
+                digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
