@@ -7,14 +7,13 @@ site. The Hidden Dimensions of LLM Alignment (arXiv 2502.09674) and its code giv
     matrix      R = Y - X W, W by least squares            the code's interventions: what is left AFTER the linear fit
     map         W - I of the affine fit Y = X W + b        the paper's text; right singular vectors of its (column) W - I
 
-SVD is uncentred unless asked for, as in the code, so a mean shift is a dimension like any other; its energy share says how much
-of the first one it is.
+SVD is uncentred unless asked for, as in the code: a mean shift is a dimension like any other, and its energy share is reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
-from rsteer_interp.nulls import CosineNull, cosine, cosine_null
+from rsteer_interp.nulls import CosineNull, cosine, cosine_null, random_unit_vectors
 
 Variant = Literal["identity", "matrix", "map"]
 VARIANTS: tuple[Variant, ...] = ("identity", "matrix", "map")
@@ -36,16 +35,11 @@ RankNull = Literal["isotropic", "pairing", "signs"]
 
 
 def paired_states(
-    before: Backend,
-    after: Backend,
-    rows: Sequence[Tokens],
-    sites: Sequence[Site],
-    *,
-    edit: Edit | None = None,
+    before: Backend, after: Backend, rows: Sequence[Tokens], sites: Sequence[Site], *, edit: Edit | None = None
 ) -> dict[Site, tuple[Float[Tensor, "prompt d"], Float[Tensor, "prompt d"]]]:
-    """Last-token states of the same token rows in both models, `after` with an edit when one is given.
+    """Last-token states of the same token rows in two checkpoints, or in one given twice, `after` with an edit if there is one.
 
-    Two checkpoints, or one given twice with an edit. UserError when widths, depths or vocabularies differ.
+    UserError when widths, depths or vocabularies differ.
     """
     if (before.n_layers, before.d_model) != (after.n_layers, after.d_model):
         raise UserError(
@@ -87,10 +81,10 @@ def shift_rows(
     if variant == "matrix":
         remainder: Tensor = y - x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
         return remainder
-    x, y = x - x.mean(0), y - y.mean(0)
-    fitted = torch.linalg.lstsq(x, y, driver="gelsd").solution
+    fitted = torch.linalg.lstsq(x - x.mean(0), y - y.mean(0), driver="gelsd").solution
     # Rows are states here: the paper's W, which acts on columns, is the transpose.
-    return (fitted - torch.eye(d, dtype=fitted.dtype)).T
+    change: Tensor = (fitted - torch.eye(d, dtype=fitted.dtype)).T
+    return change
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +113,7 @@ class ShiftSpectrum:
     def oriented(self, difference: Float[Tensor, " d"]) -> ShiftSpectrum:
         """Components turned to have a positive inner product with `difference` (refused minus answered mean)."""
         signs = (self.components @ difference.to(self.components)).sign()
-        turned = self.components * torch.where(signs == 0, 1.0, signs)[:, None]
-        return ShiftSpectrum(self.values, turned, self.n, self.variant, self.centred, self.mean_share)
+        return replace(self, components=self.components * torch.where(signs == 0, 1.0, signs)[:, None])
 
 
 def effective_rank(values: Float[Tensor, " r"], threshold: float) -> int:
@@ -195,8 +188,9 @@ def rank_null(
     generator = torch.Generator().manual_seed(seed)
 
     def isotropic() -> Tensor:
-        draws = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
-        return draws * (rows.norm(dim=1) / draws.norm(dim=1))[:, None]
+        directions = random_unit_vectors(len(rows), rows.shape[1], int(torch.randint(2**31, (1,), generator=generator)))
+        moved: Tensor = rows.norm(dim=1, keepdim=True) * directions
+        return moved
 
     def pairing() -> Tensor:
         order = torch.randperm(len(rows), generator=generator)
@@ -298,12 +292,9 @@ def component_cosine(
         raise UserError(
             f"{int(labels.sum())} of {len(labels)} prompts are refused; a mean difference needs refused and answered ones"
         )
-    difference = x[labels].mean(0) - x[~labels].mean(0)
     generator = torch.Generator().manual_seed(seed)
-    null = []
-    for _ in range(n_permutations):
-        shuffled = labels[torch.randperm(len(labels), generator=generator)]
-        null.append(abs(cosine(component, x[shuffled].mean(0) - x[~shuffled].mean(0))))
-    found = cosine_null(component, difference)
+    shuffles = [labels[torch.randperm(len(labels), generator=generator)] for _ in range(n_permutations)]
+    null = [abs(cosine(component, x[chosen].mean(0) - x[~chosen].mean(0))) for chosen in shuffles]
+    found = cosine_null(component, x[labels].mean(0) - x[~labels].mean(0))
     reached = sum(value >= abs(found.cosine) - 1e-12 for value in null)
     return ComponentCosine(found, float(np.quantile(null, 0.95)), (1 + reached) / (1 + n_permutations))

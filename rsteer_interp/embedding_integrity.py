@@ -1,115 +1,35 @@
 """Embedding integrity: what noise on the embeddings of benign prompts does, and whether checks of the embeddings notice it.
 
 After SEP (arXiv 2509.06338), which perturbs embedding outputs of chosen tokens until a model complies; its exact form is
-not public and is not built here. This is the descriptive and defensive part, for benign and borderline prompts:
-
-    e'_t = e_t + c |e_t| u_t            at the input of the first block, at the instruction's tokens
-
-u_t unit, c the relative norm. Dose-response of the next-token KL, refusal log-odds and embedding distance; regimes; and the two
-checks: a digest of the embedding matrix, and whether each perturbed vector still maps to its own token.
+not public and is not built here. This is the descriptive and defensive part, for benign and borderline prompts: dose-response of the
+next-token KL, refusal log-odds and embedding distance to noise of relative norm c (`embedding_noise`); regimes; and the two
+checks, a digest of the embedding matrix, and whether each perturbed vector still maps to its own token.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import At, Edit, Site, compose
+from rsteer_interp.backends.edits import Edit
 from rsteer_interp.batch import Batch, Tokens
+from rsteer_interp.embedding_noise import EmbeddingNoise, Noise, RecordTokens, instruction_embeddings, noise_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.measures import kl_divergence, refusal_log_odds
-from rsteer_interp.nulls import Rate, random_unit_vectors
+from rsteer_interp.nulls import Rate
 from rsteer_interp.random_audit import Standing
 
 DOSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 REGIMES: Mapping[str, float] = MappingProxyType({"noticeable": 0.1, "different": 1.0, "broken": 4.0})
 """Names of regimes and the median next-token KL (nats) above which they begin. SEP tells its regimes by response classifiers."""
 MOVED = 1e-3  # relative distance from its own row above which an embedding is not that row; far above rounding
-Noise = Literal["sphere", "axis"]
-
-
-@dataclass(frozen=True, eq=False)
-class EmbeddingNoise:
-    """Moves the k-th instruction token of every prompt by c |e| along row k mod m of `directions` (unit rows).
-
-    One row (m = 1) is one direction for all tokens. Template and generated tokens are left alone.
-    """
-
-    directions: Float[Tensor, "m d"]
-    dose: float
-
-    pointwise = False
-    leaves_prefix = True
-    sites = frozenset({Site(0)})
-
-    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
-        if at.phase != "prompt":
-            return x
-        start, own = _instruction(x, at)
-        which = (at.positions - start).clamp(min=0) % len(self.directions)
-        noise = self.directions.to(x.device, torch.float32)[which]
-        size = self.dose * x.float().norm(dim=-1, keepdim=True)
-        return torch.where(own[..., None], (x + (size * noise).to(x.dtype)).to(x.dtype), x)
-
-
-def noise_directions(n: int, d: int, seed: int, kind: Noise = "sphere") -> Float[Tensor, "n d"]:
-    """Random unit rows: uniform on the sphere, or signed coordinate axes (SEP perturbs single embedding dimensions)."""
-    if kind == "sphere":
-        return random_unit_vectors(n, d, seed)
-    generator = torch.Generator().manual_seed(seed)
-    axes = torch.randint(d, (n,), generator=generator)
-    signs = torch.randint(2, (n,), generator=generator).double() * 2 - 1
-    return torch.nn.functional.one_hot(axes, d).double() * signs[:, None]
-
-
-def _instruction(x: Tensor, at: At) -> tuple[Tensor, Tensor]:
-    """First position of each row's instruction, and which positions are in it."""
-    start, end = (at.batch.span_end(span).to(x.device)[at.rows][:, None] for span in ("prefix", "instruction"))
-    return start, at.mask & (at.positions >= start) & (at.positions < end)
-
-
-@dataclass(frozen=True, eq=False)
-class _RecordTokens:
-    """Keeps what enters the first block at every instruction token."""
-
-    vectors: list[Tensor] = field(default_factory=list)
-
-    pointwise = False
-    leaves_prefix = True
-    sites = frozenset({Site(0)})
-
-    def __call__(self, x: Tensor, at: At) -> Tensor:
-        if at.phase == "prompt":
-            self.vectors.append(x[_instruction(x, at)[1]].detach().to("cpu", torch.float32, copy=True))
-        return x
-
-
-def instruction_embeddings(
-    backend: Backend, rows: Sequence[Tokens], edit: Edit | None = None
-) -> tuple[Int[Tensor, " token"], Float[Tensor, "token d"]]:
-    """Ids of all instruction tokens and the vectors that enter the first block there, in the order of the prompts."""
-    vectors: list[Tensor] = [torch.empty(0)] * len(rows)
-
-    def run(batch: Batch) -> tuple[Tensor, ...]:
-        record = _RecordTokens()
-        both = compose(edit, record)
-        assert both is not None
-        backend.run(batch, both)
-        return record.vectors[0].split([row.instruction - row.prefix for row in batch.rows])
-
-    for group, parts in backend.batches(rows, run):
-        for i, part in zip(group, parts, strict=True):
-            vectors[i] = part
-    ids = [token for row in rows for token in row.ids[row.prefix : row.instruction]]
-    return torch.tensor(ids), torch.cat(vectors)
 
 
 # -- dose-response ---------------------------------------------------------------------------------------------------
@@ -223,7 +143,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
         if tensor.device.type != "meta":
-            for part in tensor.detach().flatten().split(1 << 22):  # by parts: bounded memory on any device
+            for part in torch.split(tensor.detach().flatten(), 1 << 22):  # by parts: bounded memory on any device
                 digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -235,7 +155,8 @@ def changed_tokens(backend: Backend, reference: Backend) -> Int[Tensor, " change
         raise UserError(
             f"embedding matrices of shape {tuple(ours.shape)} and {tuple(theirs.shape)}; compare models with one vocabulary"
         )
-    return (ours != theirs.to(ours)).any(1).nonzero()[:, 0].cpu()
+    changed: Tensor = (ours != theirs.to(ours)).any(1).nonzero()[:, 0].cpu()
+    return changed
 
 
 @dataclass(frozen=True)
@@ -274,7 +195,8 @@ def blind_radius(backend: Backend, ids: Int[Tensor, " token"]) -> Float[Tensor, 
     """min_j |e_j - e_t| / (2 |e_t|): a perturbation of smaller relative norm maps to its own token, whatever its direction."""
     matrix = embedding_matrix(backend).cpu().float()
     own = matrix[ids]
-    return _other_distances(matrix, ids, own).clamp(min=0).sqrt() / (2 * own.norm(dim=1))
+    radius: Tensor = _other_distances(matrix, ids, own).clamp(min=0).sqrt() / (2 * own.norm(dim=1))
+    return radius
 
 
 def _other_distances(
@@ -283,7 +205,7 @@ def _other_distances(
     """Squared distance from each vector to the nearest row that is not its token's."""
     squares = matrix.square().sum(1)
     out = []
-    for some_ids, some in zip(ids.split(64), vectors.split(64), strict=True):
+    for some_ids, some in zip(torch.split(ids, 64), torch.split(vectors, 64), strict=True):
         distances = squares - 2 * (some @ matrix.T) + some.square().sum(1, keepdim=True)
         distances[torch.arange(len(some)), some_ids] = torch.inf
         out.append(distances.amin(1))
@@ -298,7 +220,7 @@ def embedding_scale(backend: Backend) -> float:
     """
     vocab = len(embedding_matrix(backend))
     rows = [Tokens(tuple((7 * i + k) % vocab for i in range(1, 7)), 0, 5, 6) for k in (0, 3)]
-    record = _RecordTokens()
+    record = RecordTokens()
     backend.run(backend.batch(rows), record)
     x = record.vectors[0].double().reshape(2, 5, -1)
     e = torch.stack([embedding_matrix(backend)[list(row.ids[:5])] for row in rows]).double().cpu()

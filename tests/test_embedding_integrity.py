@@ -10,7 +10,6 @@ from torch import nn
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.embedding_integrity import (
     DOSES,
-    EmbeddingNoise,
     Response,
     against_random,
     blind_radius,
@@ -19,10 +18,10 @@ from rsteer_interp.embedding_integrity import (
     embedding_matrix,
     embedding_response,
     embedding_scale,
-    instruction_embeddings,
     integrity,
-    noise_directions,
+    weights_digest,
 )
+from rsteer_interp.embedding_noise import EmbeddingNoise, instruction_embeddings, noise_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.measures import kl_divergence
@@ -178,8 +177,9 @@ def test_the_digest_notices_one_bit_and_nothing_else() -> None:
     assert embedding_digest(backend) != embedding_digest(again)
     assert changed_tokens(again, backend).tolist() == [17]
     other = tiny_backend("llama")
-    other.model.lm_head.weight.data += 1
-    assert embedding_digest(other) == embedding_digest(backend)
+    assert weights_digest(other) == weights_digest(backend) != weights_digest(again)
+    other.model.lm_head.weight.data[5, 1] += 1e-3
+    assert embedding_digest(other) == embedding_digest(backend) and weights_digest(other) != weights_digest(backend)
 
 
 def test_a_direction_is_compared_with_random_ones_of_equal_norm() -> None:
