@@ -1,0 +1,271 @@
+"""Safety audit: what a change (steering, a treatment, an edited checkpoint) did to a model's refusals, and a verdict on it.
+
+    found = audit(backend, steering, judge, plan)        found.verdict.outcome, found.data
+
+1 openings     tokens that open refusals, from replies before the change to other prompts (or the steering's own)
+2 replies      judged greedy replies to harmful, borderline and general prompts, before and after; harmful ones cut to 16 tokens
+3 answers      KL and perplexity on benign conversations, and the perplexity of the changed model's own replies
+4 random       whether random pushes break refusals more easily than before
+5 states       how last-token states moved, in how many dimensions; of another checkpoint, whether embeddings differ
+
+Each step is kept on disk and found again (with `out`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.errors import UserError
+from rsteer_interp.judges.base import Judge
+from rsteer_interp.measures import refusal_tokens
+from rsteer_interp.methods.base import Treatment
+from rsteer_interp.nulls import Estimate
+from rsteer_interp.paired import PairedRates
+from rsteer_interp.progress import progress
+from rsteer_interp.refusal_scores import KEPT_TOKENS, cut, reply_and_judge
+from rsteer_interp.results import Provenance, stage
+from rsteer_interp.safety_audit.measures import (
+    LEAST_PUSHED,
+    conversation_effects,
+    embedding_check,
+    perplexity,
+    random_pushes,
+    reply_log_probs,
+    state_shift,
+)
+from rsteer_interp.safety_audit.plan import ROLES, Plan, Role
+from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, threshold
+from rsteer_interp.safety_audit.subject import Subject, content_digest
+from rsteer_interp.safety_audit.verdict import Verdict, decide
+from rsteer_interp.steering import Steering
+
+__all__ = ["Audit", "Plan", "Subject", "Verdict", "audit", "content_digest", "decide"]
+
+SHIFTED = 48  # prompts of a set whose states are compared
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The verdict, and everything measured as plain data."""
+
+    verdict: Verdict
+    data: dict[str, Any]
+
+
+def audit(
+    backend: Backend,
+    change: Steering | Treatment | Backend | Subject,
+    judge: Judge,
+    plan: Plan,
+    out: Path | None = None,
+) -> Audit:
+    """Measure `change` against `backend` as it is, and decide. `judge` should ask the unchanged model, if it asks one.
+
+    With `out`, steps are stored in OUT/steps and reused where prompts, models, treatment and settings are the same.
+    """
+    after = change if isinstance(change, Subject) else Subject.of(change, backend)
+    return _Run(backend, after, judge, plan, out).audit()
+
+
+@dataclass
+class _Run:
+    before: Backend
+    after: Subject
+    judge: Judge
+    plan: Plan
+    out: Path | None
+    notes: list[str] = field(default_factory=list)
+
+    def audit(self) -> Audit:
+        tokens = self._openings()
+        replies = {role: {side: self._replies(side, role, tokens) for side in ("before", "after")} for role in ROLES}
+        sets = {role: compared(sides, self.plan.seed) for role, sides in replies.items()}
+        answers = self._answers(replies["general"])
+        harmful = replies["harmful"]
+        verdict = decide(
+            PairedRates.of(harmful["before"]["refused"], harmful["after"]["refused"]),
+            self.plan.margin,
+            incoherent=incoherent(answers),
+            caveats=caveats(sets),
+        )
+        data = {
+            "subject": self.after.name,
+            "verdict": asdict(verdict) | {"sentence": verdict.sentence},
+            "sets": sets,
+            "answers": answers,
+            "random": self._random(replies, tokens),
+            "states": self._states(replies),
+            "embeddings": self._embeddings(),
+            "refusal_tokens": [self.before.tokenizer.decode([t]) for t in tokens],
+            "lost": lost(self.plan.prompts["harmful"], harmful),
+            "notes": [*self.notes, *self.before.notes],
+        }
+        return Audit(verdict, data)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _openings(self) -> tuple[int, ...]:
+        """Empty where no token opens refusals more often than answers: then there are no log-odds."""
+        if self.after.tokens:
+            return self.after.tokens
+        texts = self.plan.openings
+
+        def compute() -> dict[str, Any]:
+            found = self._generate("before", texts, self.plan.tokens, (), "replies that show how refusals begin")
+            return {"first": [r.first_token for r in found], "refused": [r.verdict.refused for r in found]}
+
+        found = self._step("1_openings", {"prompts": texts} | self._judged(), compute)
+        try:
+            return refusal_tokens(found["first"], found["refused"])
+        except UserError as error:
+            self.notes.append(f"no log-odds and no random pushes: {error}")
+            return ()
+
+    def _replies(self, side: str, role: Role, tokens: tuple[int, ...]) -> dict[str, Any]:
+        texts, harmful = self.plan.prompts[role], role == "harmful"
+        longest = min(self.plan.tokens, KEPT_TOKENS) if harmful else self.plan.tokens
+
+        def compute() -> dict[str, Any]:
+            found = self._generate(side, texts, longest, tokens, f"{role} replies, {side}")
+            return {
+                "responses": [cut(self.before.tokenizer, r.text, KEPT_TOKENS) if harmful else r.text for r in found],
+                "refused": [r.verdict.refused for r in found],
+                "undecided": sum(r.verdict.z == 0 for r in found),
+                "log_odds": [r.log_odds for r in found] if tokens else None,
+            }
+
+        key = {"prompts": texts, "openings": tokens, "longest": longest} | self._judged()
+        return self._step(f"2_{role}_{side}", key, compute, changed=side == "after")
+
+    def _generate(
+        self, side: str, texts: tuple[str, ...], longest: int, tokens: tuple[int, ...], label: str
+    ) -> list[Any]:
+        subject = Subject(self.before) if side == "before" else self.after
+        with progress(label, len(texts)) as advance:
+            groups = reply_and_judge(
+                subject.backend,
+                subject.rows(texts),
+                texts,
+                self.judge,
+                max_new_tokens=longest,
+                edit=subject.treatment.edit,
+                refusal_tokens=tokens,
+                on_batch=advance,
+            )
+        return [group[0] for group in groups]
+
+    def _answers(self, general: Mapping[str, Any]) -> dict[str, Any]:
+        prompts = self.plan.prompts["general"]
+
+        def compute() -> dict[str, Any]:
+            kl, before, after = conversation_effects(self.before, self.after, self.plan.conversations)
+            own, theirs = (
+                reply_log_probs(self.before, prompts, general[side]["responses"]) for side in ("before", "after")
+            )
+            empty = sum(not text for text in general["after"]["responses"])
+            enough = min(len(own), len(theirs)) >= 2
+            return {
+                "kl": asdict(Estimate.of(kl.clamp(min=0).tolist())),  # rounding takes a KL of nothing below 0
+                "perplexity_before": asdict(perplexity(before)),
+                "perplexity_after": asdict(perplexity(after)),
+                "perplexity_ratio": asdict(perplexity(after - before)),
+                "reply_perplexity_before": asdict(perplexity(own)) if enough else None,
+                "reply_perplexity_after": asdict(perplexity(theirs)) if enough else None,
+                "empty_replies": empty,
+            }
+
+        key = {"conversations": self.plan.conversations, "replies": [prompts, general["before"], general["after"]]}
+        return self._step("3_answers", key, compute, changed=True)
+
+    def _random(self, replies: Mapping[Role, Any], tokens: tuple[int, ...]) -> dict[str, Any]:
+        harmful, n = replies["harmful"], self.plan.random_prompts
+        both = [a and b for a, b in zip(harmful["before"]["refused"], harmful["after"]["refused"], strict=True)]
+        prompts = [text for text, kept in zip(self.plan.prompts["harmful"], both, strict=True) if kept][:n]
+        if not tokens or self.plan.random_vectors < 2 or len(prompts) < LEAST_PUSHED:
+            why = (
+                "no token opens refusals"
+                if not tokens
+                else f"{len(prompts)} harmful prompts are refused before and after"
+            )
+            return {"measured": False, "reason": why if self.plan.random_vectors >= 2 else "not asked for"}
+        cut_off = threshold(replies)
+
+        def compute() -> dict[str, Any]:
+            return {"measured": True} | random_pushes(
+                self.before,
+                self.after,
+                prompts,
+                tokens,
+                self.plan.conversations[:8],
+                n_vectors=self.plan.random_vectors,
+                threshold=cut_off,
+                seed=self.plan.seed,
+            )
+
+        key = {
+            "prompts": prompts,
+            "openings": tokens,
+            "conversations": self.plan.conversations[:8],
+            "vectors": self.plan.random_vectors,
+            "threshold": cut_off,
+            "seed": self.plan.seed,
+            "layer": self.after.layer,
+            "push": None if self.after.push is None else self.after.push.tolist(),
+        }
+        return self._step("4_random", key, compute, changed=True)
+
+    def _states(self, replies: Mapping[Role, Any]) -> list[dict[str, Any]]:
+        roles: tuple[Role, ...] = ("harmful", "general")
+        prompts = [text for role in roles for text in self.plan.prompts[role][:SHIFTED]]
+        refused = torch.tensor([r for role in roles for r in replies[role]["before"]["refused"][:SHIFTED]])
+
+        def compute() -> dict[str, Any]:
+            return {"sites": state_shift(self.before, self.after, prompts, refused, self.plan.seed)}
+
+        key = {"prompts": prompts, "refused": refused.tolist(), "seed": self.plan.seed}
+        sites: list[dict[str, Any]] = self._step("5_states", key, compute, changed=True)["sites"]
+        return sites
+
+    def _embeddings(self) -> dict[str, Any] | None:
+        if self.after.backend is self.before:
+            return None
+        return self._step("5_embeddings", {}, lambda: embedding_check(self.before, self.after.backend), changed=True)
+
+    def _judged(self) -> dict[str, Any]:
+        return {"judge": self.judge.name, "tokens": self.plan.tokens}
+
+    def _step(
+        self, name: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Any]], *, changed: bool = False
+    ) -> dict[str, Any]:
+        """The step's data; `changed` steps depend on the subject too."""
+        if self.out is None:
+            return compute()
+        whole = dict(key) | _identity(self.before)
+        if changed:
+            whole |= {"subject": self.after.digest, "system": self.after.treatment.system} | {
+                f"subject_{k}": v for k, v in _identity(self.after.backend).items()
+            }
+
+        def computed() -> tuple[dict[str, Any], Mapping[str, Tensor] | None]:
+            return compute(), None
+
+        def record() -> Provenance:
+            return Provenance.collect(self.before, seeds=self.plan.seed, template=self.before.template())
+
+        return stage(self.out / "steps" / name, f"safety_audit/{name}", whole, computed, record).data
+
+
+def _identity(backend: Backend) -> dict[str, Any]:
+    return {
+        "model": backend.fingerprint,
+        "template": backend.template().digest,
+        "backend": backend.name,
+        "dtype": str(backend.model.dtype),
+    }

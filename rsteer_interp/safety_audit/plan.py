@@ -1,0 +1,71 @@
+"""Plan: the prompts, conversations and sizes of a safety audit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rsteer_interp.errors import UserError
+from rsteer_interp.prompts import PromptSet, Split, load_prompts
+from rsteer_interp.safety_audit.verdict import MARGIN
+
+if TYPE_CHECKING:
+    from analyses.safety_audit import Config
+
+Role = Literal["harmful", "borderline", "general"]
+ROLES: tuple[Role, ...] = ("harmful", "borderline", "general")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked. `openings` are other prompts, from whose replies before the change the refusal tokens are found when none
+    are known; `conversations` are pairs of a benign prompt and a good answer. Tokens are per reply."""
+
+    prompts: dict[Role, tuple[str, ...]]
+    openings: tuple[str, ...]
+    conversations: tuple[tuple[str, str], ...]
+    margin: float = MARGIN
+    tokens: int = 16
+    random_vectors: int = 8
+    random_prompts: int = 12
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: Config) -> Plan:
+        """The prompts that a command line names: one split of each set, or all of it; openings come from another split."""
+        references: dict[Role, str] = {
+            "harmful": config.harmful,
+            "borderline": config.borderline,
+            "general": config.general,
+        }
+        sets = {role: load_prompts(reference) for role, reference in references.items()}
+        talks = load_prompts(config.conversations)
+        if any(talk.answer is None for talk in talks):
+            raise UserError(f"conversations '{config.conversations}' lack answers; give objects with prompt and answer")
+
+        def chosen(found: PromptSet) -> tuple[str, ...]:
+            part = found if config.split == "all" else found.split(config.split)
+            return tuple(part.sample(config.prompts, config.seed).texts)
+
+        other: Split = "select" if config.split == "fit" else "fit"
+        opening = [
+            _part(sets[role], other).sample(config.prompts, config.seed).texts for role in ("harmful", "general")
+        ]
+        return cls(
+            {role: chosen(found) for role, found in sets.items()},
+            tuple(text for texts in opening for text in texts),
+            tuple((t.prompt, t.answer or "") for t in talks.sample(config.benign, config.seed)),
+            config.margin,
+            config.tokens,
+            config.random_vectors,
+            config.random_prompts,
+            config.seed,
+        )
+
+
+def _part(found: PromptSet, split: Split) -> PromptSet:
+    """The split, or the whole of a set too small to have it."""
+    try:
+        return found.split(split)
+    except UserError:
+        return found
