@@ -349,15 +349,12 @@ def test_hostile_files_are_one_line(
 
 def test_safetensors_are_known_whatever_their_length_looks_like(tmp_path: Path) -> None:
     """A header of 128 bytes begins with the byte of a pickle, one of 0x4b50 with that of a zip."""
-    for length in (ord("{") + 5, 128, 0x4B50):
-        for pad in range(length):
-            content = safetensors.torch.save({"v": torch.ones(3, 4)}, {"note": "x" * pad})
-            if int.from_bytes(content[:8], "little") == length:
-                (tmp_path / f"{length}").write_bytes(content)
-                assert load_vectors(tmp_path / f"{length}").sites == (Site(0), Site(1), Site(2))
-                break
-        else:
-            assert length % 8  # lengths are multiples of eight
+    for length in (128, 0x4B50):
+        notes = ("x" * n for n in range(length - 120, length))
+        files = (safetensors.torch.save({"v": torch.ones(3, 4)}, {"note": note}) for note in notes)
+        content = next(file for file in files if int.from_bytes(file[:8], "little") == length)
+        (tmp_path / f"{length}").write_bytes(content)
+        assert load_vectors(tmp_path / f"{length}").sites == (Site(0), Site(1), Site(2))
 
 
 def test_nothing_is_overwritten_and_missing_files_are_named(tmp_path: Path) -> None:
