@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from rsteer_interp.abliteration_sweep import (
     Candidate,
@@ -30,14 +31,22 @@ from rsteer_interp.backends import load_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import log_odds
+from rsteer_interp.evaluation import answer_log_probs, log_odds
 from rsteer_interp.nulls import Estimate, Rate, cosine, random_unit_vectors
 from rsteer_interp.progress import progress
-from rsteer_interp.prompts import Split, load_prompts
+from rsteer_interp.prompts import PromptSet, Split, load_prompts
 from rsteer_interp.results import Provenance, save_result
 from rsteer_interp.vector_controls import opening_token_ids
 from rsteer_interp.vector_formats import load_vectors
-from rsteer_interp.weight_edit import orthogonalise, save_checkpoint, stream_component, writer_ablation, writer_sites
+from rsteer_interp.weight_edit import (
+    chosen,
+    orthogonalise,
+    save_checkpoint,
+    stream_component,
+    writer_ablation,
+    writer_sites,
+)
+from rsteer_interp.weight_writers import find_writers
 
 if TYPE_CHECKING:
     from analyses.abliterate import Config
@@ -51,9 +60,13 @@ def abliterate(config: Config) -> Path:
     checkpoint = config.out / "checkpoint"
     if checkpoint.exists() and not config.sweep_only:
         raise UserError(f"'{checkpoint}' exists already; name another folder with --out, or delete it")
+    if config.random < 2:
+        raise UserError(f"{config.random} random directions make no null; give two or more with --random")
     options: dict[str, Any] = {"device": config.device, "batch_size": config.batch_size}
     options["trust_remote_code"] = config.trust_remote_code
     backend = load_backend(config.model, "hooks", dtype=config.dtype, **options)
+    # Before anything that takes long: weights that cannot be edited are said to be so at once.
+    writers = () if config.sweep_only else chosen(find_writers(backend.model), config.writers)
     token_ids = opening_token_ids(backend.tokenizer, config.refusal_words)
     candidates = _candidates(config, backend, token_ids)
     data, best = _sweep(config, backend, candidates, _prompts(config, backend, "select", config.select, token_ids))
@@ -68,14 +81,15 @@ def abliterate(config: Config) -> Path:
             "or raise --kl-limit"
         )
     measured = _prompts(config, backend, "report", config.report, token_ids)
-    edited = orthogonalise(backend.model, best.vector, config.scale, config.writers)
+    log_probs = answer_log_probs(backend, measured.benign)
+    orthogonalise(backend.model, best.vector, config.scale, writers)
     about = {"direction": best.name, "layer": best.layer, "scale": config.scale, "of": backend.fingerprint}
-    about |= {"writers": [writer.name for writer in edited], "vector": best.vector, "provenance": record}
+    about |= {"writers": [writer.name for writer in writers], "vector": best.vector, "provenance": record}
     dtype = backend.model.dtype
     save_checkpoint(backend.model, backend.tokenizer, checkpoint, about)
     del backend  # two copies of a large model may not fit
     saved = load_backend(checkpoint, "hooks", dtype=dtype, **options)
-    data["checkpoint"] = _measured(config, saved, measured, best)
+    data["checkpoint"] = _measured(config, saved, measured, log_probs, best)
     save_result(config.out, KIND, data, tensors, provenance=record)
     Console().print(_checkpoint_table(data["checkpoint"]))
     return config.out
@@ -158,17 +172,21 @@ def _prompts(config: Config, backend: Backend, split: Split, n: int, token_ids: 
     template = backend.template()
     names = dict.fromkeys((config.refused, config.kept, config.answered))
     rows = {k: template.encode_all(load_prompts(k).split(split).sample(n, config.seed).texts) for k in names}
-    talks = load_prompts("conversations").sample(config.conversations, config.seed)
+    loaded = load_prompts("conversations")
+    free = PromptSet(loaded.name, tuple(p.model_copy(update={"split": None}) for p in loaded))  # its own splits are one
+    talks = free.split(split).sample(config.conversations, config.seed)
     base = {name: log_odds(backend, own, token_ids) for name, own in rows.items()}
     return Prompts(rows, base, [template.encode(p.prompt, p.answer) for p in talks], token_ids)
 
 
-def _measured(config: Config, saved: Backend, prompts: Prompts, chosen: Candidate) -> dict[str, Any]:
-    """The checkpoint as loaded from disk, beside the unedited model's log-odds on the same prompts."""
+def _measured(config: Config, saved: Backend, prompts: Prompts, log_probs: Tensor, best: Candidate) -> dict[str, Any]:
+    """The checkpoint as loaded from disk, beside the unedited model's log-odds and answer log-probabilities (`log_probs`)."""
     after = {name: log_odds(saved, rows, prompts.token_ids) for name, rows in prompts.rows.items()}
-    component = stream_component(saved, prompts.rows[config.refused], chosen.vector)
+    component = stream_component(saved, prompts.rows[config.refused], best.vector)
+    shift = (answer_log_probs(saved, prompts.benign) - log_probs).abs()
     return {
         "folder": "checkpoint",
+        "answer_shift": asdict(Estimate.of(shift.numpy(), seed=config.seed)),
         "fingerprint": saved.fingerprint,
         "change": {
             name: asdict(Estimate.of((odds - prompts.base[name]).numpy(), seed=config.seed))

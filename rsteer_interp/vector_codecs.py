@@ -103,7 +103,7 @@ def steering_vectors_bytes(vectors: Vectors, path: Path) -> bytes:
     about = {"layer_type": kind} | ({} if vectors.sign is None else {"sign": str(vectors.sign)})
     if path.suffix == ".json":
         return json.dumps({**about, "layer_activations": {i: v.tolist() for i, v in layers.items()}}).encode()
-    return safetensors.torch.save({f"{LAYERS}{i}": v for i, v in layers.items()}, about)
+    return bytes(safetensors.torch.save({f"{LAYERS}{i}": v for i, v in layers.items()}, about))
 
 
 def read_steering_vectors(path: Path) -> Vectors:
@@ -148,7 +148,7 @@ def tensor_bytes(vectors: Vectors, path: Path, n_layers: int | None) -> bytes:
         buffer = io.BytesIO()
         np.save(buffer, rows.numpy(), allow_pickle=False)
         return buffer.getvalue()
-    return safetensors.torch.save({"vectors": rows})
+    return bytes(safetensors.torch.save({"vectors": rows}))
 
 
 def read_tensor(path: Path, n_layers: int | None, layer: int | None, at: At) -> Vectors:

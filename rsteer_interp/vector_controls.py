@@ -52,7 +52,8 @@ class Redirected:
             return edited
         wide = torch.promote_types(x.dtype, torch.float32)
         size = (edited.to(wide) - x.to(wide)).norm(dim=-1, keepdim=True)
-        return (x.to(wide) + size * self.towards[at.site].to(x.device, wide)).to(x.dtype)
+        moved: Tensor = x.to(wide) + size * self.towards[at.site].to(x.device, wide)
+        return moved.to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rsteer_interp.provenance import plain
 from rsteer_interp.steering import Steering
 
 HEADER = "rsteer"
-SIGN, UNITS = "complying to refusing", "residual stream of the raw weights"
+UNITS = "residual stream of the raw weights"
 
 
 class _Gate(BaseModel):
@@ -75,7 +75,7 @@ def packed(content: Steering | Mapping[Site, Direction]) -> bytes:
         header, tensors = _of_directions(content)
     text = json.dumps(plain(header.model_dump(), "header"), sort_keys=True, ensure_ascii=False)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(stored, {HEADER: text})
+    return bytes(safetensors.torch.save(stored, {HEADER: text}))
 
 
 def _of_steering(steering: Steering) -> tuple[_Header, dict[str, Tensor]]:
@@ -107,7 +107,8 @@ def _of_directions(directions: Mapping[Site, Direction]) -> tuple[_Header, dict[
 
 
 def _header(sites: list[Site], fingerprint: str, **content: Any) -> _Header:
-    return _Header(format=1, sites=[str(s) for s in sites], sign=SIGN, units=UNITS, fingerprint=fingerprint, **content)
+    names = [str(site) for site in sites]
+    return _Header(format=1, sites=names, sign="complying to refusing", units=UNITS, fingerprint=fingerprint, **content)
 
 
 def unpacked(path: Path) -> Steering | dict[Site, Direction]:

@@ -61,8 +61,7 @@ def find_writers(model: Any, *, seed: int = 0) -> tuple[Writer, ...]:
         )
     ]
     for layer, calls in enumerate(_writing_calls(model, blocks, options)):
-        for point, call in zip(("attn_out", "mlp_out"), calls, strict=True):
-            site = Site(layer, point)
+        for site, call in zip((Site(layer, "attn_out"), Site(layer, "mlp_out")), calls, strict=True):
             with _called(call.module) as reached:
                 call.run({})
             parameters = dict(call.module.named_parameters())

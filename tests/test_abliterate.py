@@ -29,7 +29,7 @@ from rsteer_interp.vector_formats import save_vectors
 from rsteer_interp.weight_edit import RECORD, writer_ablation, writer_sites
 from tests.refusing_model import save_refusing, write_sets
 from tests.test_vector_formats import some
-from tests.tiny_models import N_LAYERS, tiny_backend, tiny_rows
+from tests.tiny_models import N_LAYERS, save_tiny, tiny_backend, tiny_rows
 
 SMALL = ["--conversations", "3", "--random", "4", "--refusal-words", "i", "--kl-limit", "100"]
 
@@ -85,6 +85,7 @@ def test_the_whole_command(command: Callable[..., int], model: Path, token: tupl
     assert measured["refused_before"][refused]["rate"] == 1.0
     assert measured["refused_after"][refused]["rate"] < 0.5
     assert measured["change"][refused]["value"] < -4
+    assert measured["answer_shift"]["n"] == 3
     record = json.loads((tmp_path / "out" / "checkpoint" / RECORD).read_text())
     assert (record["direction"], record["of"]) == (best, plain.fingerprint)
     assert "model.embed_tokens.weight" in record["writers"]
@@ -134,6 +135,17 @@ def test_what_cannot_be_done_is_one_line(
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_weights_that_cannot_be_edited_are_said_to_be_so_before_the_sweep(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny("gemma2", tmp_path / "gemma2")
+    assert command("--model", str(tmp_path / "gemma2")) == 2
+    said = capsys.readouterr()
+    assert "not written by weights alone" in said.err
+    assert not (tmp_path / "out").exists()
+    assert command("--random", "1") == 2
 
 
 def test_an_existing_checkpoint_stays(
