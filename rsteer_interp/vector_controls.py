@@ -1,0 +1,155 @@
+"""The controls of a steering configuration, wherever it comes from: its dose, its effect beside random edits, its side effects.
+
+effect = mean change of the first-token refusal log-odds of prompts, in nats
+null   = the same for edits that move every state as far, at the same sites and positions, along random directions
+dose   = |edit| / |resid|;  side effect = KL(base || steered) per token of benign answers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from torch import Tensor
+
+from rsteer_interp.activations import last_states
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
+from rsteer_interp.batch import Tokens
+from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import answer_effects, log_odds
+from rsteer_interp.nulls import Estimate, random_unit_vectors
+from rsteer_interp.steering import Steering
+
+
+@dataclass(frozen=True, eq=False)
+class Redirected:
+    """h + |edit(h) - h| u with unit vectors u by site: an edit's equal-norm null, as large at every site and position."""
+
+    edit: Edit
+    towards: Mapping[Site, Float[Tensor, " d"]]
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return self.edit.sites
+
+    @property
+    def pointwise(self) -> bool:
+        return self.edit.pointwise
+
+    @property
+    def leaves_prefix(self) -> bool:
+        return leaves_prefix(self.edit)
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        edited = self.edit(x, at)
+        if at.site not in self.towards:  # where a gate reads and nothing is changed
+            return edited
+        wide = torch.promote_types(x.dtype, torch.float32)
+        size = (edited.to(wide) - x.to(wide)).norm(dim=-1, keepdim=True)
+        moved: Tensor = x.to(wide) + size * self.towards[at.site].to(x.device, wide)
+        return moved.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What stands beside a steering configuration. Log-odds in nats; `z` and `p` compare the effect with the null's edits.
+
+    p = (1 + #{|null| >= |effect|}) / (1 + N), two-sided. `as_stated`: whether the effect has the sign that the configuration's
+    amounts state (towards refusal up, away from it down); None where the amounts have both signs.
+    """
+
+    dose: float
+    base: Estimate
+    effect: Estimate
+    null: tuple[float, ...]
+    kl: Estimate
+    towards_refusal: bool | None = None
+
+    @property
+    def z(self) -> float:
+        spread = float(np.std(self.null, ddof=1))
+        return (self.effect.value - float(np.mean(self.null))) / spread if spread > 0 else 0.0
+
+    @property
+    def p(self) -> float:
+        reached = sum(abs(x) >= abs(self.effect.value) for x in self.null)
+        return (1 + reached) / (1 + len(self.null))
+
+    @property
+    def as_stated(self) -> bool | None:
+        return None if self.towards_refusal is None else (self.effect.value > 0) == self.towards_refusal
+
+    def record(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self) | {"z": self.z, "p": self.p, "as_stated": self.as_stated}
+
+    def table(self) -> Table:
+        low, high = np.quantile(self.null, [0.025, 0.975])
+        said = {True: "yes", False: "NO: its sign is the other way", None: "the amounts have both signs"}[
+            self.as_stated
+        ]
+        table = Table(title="Controls")
+        for column in ("what", "value"):
+            table.add_column(column)
+        table.add_row("dose, |edit| / |resid|", f"{self.dose:.3g}")
+        table.add_row("refusal log-odds before (nats)", str(self.base))
+        table.add_row("change of refusal log-odds (nats)", str(self.effect))
+        table.add_row(f"the same, {len(self.null)} random edits of equal norm", f"{low:.3g} to {high:.3g}")
+        table.add_row("z, two-sided p", f"{self.z:.2f}, {self.p:.3f}")
+        table.add_row("effect has the stated sign", said)
+        table.add_row("KL on benign answers (nats per token)", str(self.kl))
+        return table
+
+
+def controls(
+    backend: Backend,
+    steering: Steering,
+    refused: Sequence[Tokens],
+    benign: Sequence[Tokens],
+    token_ids: Sequence[int],
+    *,
+    n_random: int = 20,
+    seed: int = 0,
+) -> Controls:
+    """Controls on prompts that the model refuses and benign conversations (rows with answers), with `n_random` null edits."""
+    edit = steering.edit()
+    if edit is None:
+        raise UserError("this configuration adds nothing (alpha is 0), so there is nothing to check")
+    if n_random < 2:
+        raise UserError(f"{n_random} random edits make no null; give two or more")
+    states = last_states(backend, refused, list(steering.sites))
+    base = log_odds(backend, refused, token_ids)
+
+    def change(other: Edit) -> Tensor:
+        return log_odds(backend, refused, token_ids, other) - base
+
+    draws = random_unit_vectors(n_random * steering.k, backend.d_model, seed).view(n_random, steering.k, -1)
+    nulls = [Redirected(edit, dict(zip(steering.sites, units, strict=True))) for units in draws]
+    signs = {amount > 0 for amount in steering.amounts.values()}
+    return Controls(
+        dose=steering.dose(states),
+        base=Estimate.of(base.numpy()),
+        effect=Estimate.of(change(edit).numpy(), seed=seed),
+        null=tuple(float(change(null).mean()) for null in nulls),
+        kl=Estimate.of(answer_effects(backend, benign, edit).kl.numpy(), seed=seed),
+        towards_refusal=signs.pop() if len(signs) == 1 else None,
+    )
+
+
+def opening_token_ids(tokenizer: Any, words: Sequence[str]) -> tuple[int, ...]:
+    """The first token of each word that opens refusals, as it stands at the start of a reply (Arditi et al., section 2.4)."""
+    found: list[int] = []
+    for word in words:
+        ids = list(tokenizer(word, add_special_tokens=False)["input_ids"])
+        if not ids or ids[0] == getattr(tokenizer, "unk_token_id", None):
+            raise UserError(
+                f"this model's tokenizer has no token for '{word}'; give other words that open its refusals"
+            )
+        found.append(int(ids[0]))
+    return tuple(dict.fromkeys(found))
