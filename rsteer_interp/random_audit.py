@@ -20,7 +20,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from rsteer_interp.activations import mean_norms
-from rsteer_interp.backends.base import Backend, Prepared
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.batching import Prepared
 from rsteer_interp.backends.edits import Edit, Site, compose
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
