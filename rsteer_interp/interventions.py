@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
+from rsteer_interp.backends.edits import Around, At, Edit, Site
 from rsteer_interp.errors import UserError
 
 Key = tuple[torch.device, torch.dtype]
@@ -193,22 +193,8 @@ class AblateSubspace:
 
 
 @dataclass(frozen=True, eq=False)
-class OnPrompt:
+class OnPrompt(Around):
     """An edit of the prompt pass alone: generated tokens see it through the keys and values that the prompt left."""
-
-    edit: Edit
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        return self.edit.sites
-
-    @property
-    def pointwise(self) -> bool:
-        return self.edit.pointwise
-
-    @property
-    def leaves_prefix(self) -> bool:
-        return leaves_prefix(self.edit)
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         return x if at.phase == "decode" else self.edit(x, at)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
+from rsteer_interp.backends.edits import Around, At, Edit, Site
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.evaluation import ANSWER_ROWS
 from rsteer_interp.interventions import Affine
@@ -29,26 +29,13 @@ COHERENT_KL = 0.5  # nats per token of benign answers
 
 
 @dataclass(frozen=True, eq=False)
-class ExceptTokens:
+class ExceptTokens(Around):
     """An edit at every token but the given ones (special tokens); generated tokens, which end a reply if special, are edited.
 
     It is as pointwise as the edit it holds: rows that share a prefix share its tokens.
     """
 
-    edit: Edit
     token_ids: tuple[int, ...]
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        return self.edit.sites
-
-    @property
-    def pointwise(self) -> bool:
-        return self.edit.pointwise
-
-    @property
-    def leaves_prefix(self) -> bool:
-        return leaves_prefix(self.edit)
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         ids = at.batch.ids

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
+from rsteer_interp.backends.edits import Around, At, Edit, Site
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds
@@ -28,23 +28,10 @@ from rsteer_interp.steering import Steering
 
 
 @dataclass(frozen=True, eq=False)
-class Redirected:
+class Redirected(Around):
     """h + |edit(h) - h| u with unit vectors u by site: an edit's equal-norm null, as large at every site and position."""
 
-    edit: Edit
     towards: Mapping[Site, Float[Tensor, " d"]]
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        return self.edit.sites
-
-    @property
-    def pointwise(self) -> bool:
-        return self.edit.pointwise
-
-    @property
-    def leaves_prefix(self) -> bool:
-        return leaves_prefix(self.edit)
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         edited = self.edit(x, at)

@@ -124,6 +124,25 @@ class Compose:
         return x
 
 
+@dataclass(frozen=True, eq=False)
+class Around:
+    """An edit around another, which acts at the same sites and depends on the same things; `__call__` says what it does."""
+
+    edit: Edit
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return self.edit.sites
+
+    @property
+    def pointwise(self) -> bool:
+        return self.edit.pointwise
+
+    @property
+    def leaves_prefix(self) -> bool:
+        return leaves_prefix(self.edit)
+
+
 def leaves_prefix(edit: Edit) -> bool:
     """Whether the edit says that it changes nothing inside the template prefix."""
     return bool(getattr(edit, "leaves_prefix", False))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rsteer_interp.activations import mean_norms, pooled_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
+from rsteer_interp.backends.edits import Around, At, Site
 from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.conditions import Search, search_condition
 from rsteer_interp.directions.paired import Centring, paired_direction
@@ -43,22 +43,8 @@ ANSWERS = (
 
 
 @dataclass(frozen=True, eq=False)
-class KeepNorm:
+class KeepNorm(Around):
     """An edit whose result is scaled back to the length it had before, where that has grown (CAST's optional step)."""
-
-    edit: Edit
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        return self.edit.sites
-
-    @property
-    def pointwise(self) -> bool:
-        return self.edit.pointwise
-
-    @property
-    def leaves_prefix(self) -> bool:
-        return leaves_prefix(self.edit)
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         out = self.edit(x, at)
