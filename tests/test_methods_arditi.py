@@ -176,7 +176,7 @@ def test_methods_take_refusal_away_and_leave_ordinary_prompts(method: type[Ardit
     fitted = one.fit(material)
     backend, encode = material.backend, material.template.encode_all
     rows = {name: encode(material.select[name].texts) for name in ("remove", "ordinary")}
-    edits = [None, *(fitted(strength).edit for strength in one.strengths)]
+    edits = [None, *(fitted(strength).edit for strength in (0.5, 1.0, max(one.strengths)))]
     means = [float(log_odds(backend, rows["remove"], [REFUSAL], edit).mean()) for edit in edits]
     assert means[0] - 0.5 > means[1] > means[2] + 0.5 and means[0] > 1 and max(means[2:]) < -3
     assert all(float(log_odds(backend, rows["ordinary"], [REFUSAL], edit).max()) < 0 for edit in edits)

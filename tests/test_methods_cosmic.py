@@ -193,7 +193,7 @@ def test_methods_take_refusal_away_and_leave_ordinary_prompts(form: type[Cosmic]
     assert isinstance(one, Method) and list(one.strengths) == sorted(one.strengths) and min(one.strengths) > 0
     fitted = one.fit(material)
     rows = {name: material.template.encode_all(material.select[name].texts) for name in ("remove", "ordinary")}
-    edits = [None, *(fitted(strength).edit for strength in one.strengths)]
+    edits = [None, *(fitted(strength).edit for strength in (0.5, 1.0, max(one.strengths)))]
     means = [float(log_odds(material.backend, rows["remove"], [REFUSAL], edit).mean()) for edit in edits]
     assert means[0] - 0.5 > means[1] > means[2] + 0.5 and means[0] > 1 and max(means[2:]) < -3
     at_one = log_odds(material.backend, rows["ordinary"], [REFUSAL], edits[2])

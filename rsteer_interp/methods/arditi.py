@@ -70,7 +70,7 @@ class Arditi:
     name: ClassVar[str] = "arditi"
     label: ClassVar[str] = "Directional ablation"
     source: ClassVar[str] = "Arditi et al., arXiv 2406.11717"
-    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5)
+    strengths: ClassVar[tuple[float, ...]] = (0.5, 0.75, 1.0, 1.5)
 
     max_kl: float = 0.1
     """Largest mean KL, in nats, that ablation may cost on ordinary prompts."""
@@ -127,6 +127,7 @@ class ArditiAddition(Arditi):
 
     name: ClassVar[str] = "arditi_add"
     label: ClassVar[str] = "Subtract the refusal direction"
+    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0)
 
     def fit(self, material: Material) -> Fitted:
         chosen = self.select(material).chosen

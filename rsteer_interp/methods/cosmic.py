@@ -4,7 +4,7 @@
     S_refuse = cos(complying prompts' states with the candidate put in, refusing prompts' unedited states)
 
 States are means over prompts of the last token's at the evaluation layers (`candidates.evaluation_layers`, where we deviate
-from the code). The candidate with the largest S_comply + S_refuse is chosen; of log-odds only the KL filter knows the logits.
+from the code). The candidate with the largest S_comply + S_refuse is chosen; only the KL filter reads logits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Cosmic:
     name: ClassVar[str] = "cosmic"
     label: ClassVar[str] = "COSMIC, ablation"
     source: ClassVar[str] = "Siu et al., arXiv 2506.00085"
-    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5)
+    strengths: ClassVar[tuple[float, ...]] = (0.5, 0.75, 1.0, 1.5)
     operator: ClassVar[Operator] = "linear"
 
     max_kl: float = 0.1
@@ -147,7 +147,7 @@ class CosmicAffine(Cosmic):
 
     name: ClassVar[str] = "cosmic_affine"
     label: ClassVar[str] = "COSMIC, affine"
-    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0)
+    strengths: ClassVar[tuple[float, ...]] = (1.0, 1.5, 2.0, 3.0)
     operator: ClassVar[Operator] = "affine"
 
 
