@@ -91,7 +91,7 @@ def abliterate(config: Config) -> Path:
     saved = load_backend(checkpoint, "hooks", dtype=dtype, **options)
     data["checkpoint"] = _measured(config, saved, measured, log_probs, best)
     save_result(config.out, KIND, data, tensors, provenance=record)
-    Console().print(_checkpoint_table(data["checkpoint"]))
+    _console().print(_checkpoint_table(data["checkpoint"]))
     return config.out
 
 
@@ -111,7 +111,7 @@ def _sweep(
         for u in randoms:
             plain.append(mean_change(backend, writer_ablation(u, sites, config.scale), prompts, config.refused))
             advance(1)
-    Console().print(sweep_table(config, candidates, found, plain))
+    _console().print(sweep_table(config, candidates, found, plain))
     data: dict[str, Any] = {
         "refused": config.refused,
         "writers": config.writers,
@@ -124,7 +124,7 @@ def _sweep(
     if best is not None:
         equal = equal_dose_null(backend, best.vector, sites, config.scale, randoms, prompts, config.refused)
         data |= {"chosen": best.name, "null_equal_dose": equal}
-        Console().print(_against_null(best, found[best.name].change[config.refused], equal), markup=False)
+        _console().print(_against_null(best, found[best.name].change[config.refused], equal), markup=False)
     return data, best
 
 
@@ -258,3 +258,9 @@ def _checkpoint_table(measured: Mapping[str, Any]) -> Table:
             name, str(change["n"]), *cells, f"{change['value']:.2f} ({change['low']:.2f} to {change['high']:.2f})"
         )
     return table
+
+
+def _console() -> Console:
+    """Wide where the output is no terminal, so that no column is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)

@@ -51,7 +51,7 @@ def convert(config: Config) -> Path | None:
     if config.out is not None:
         _write(config, config.out, steering, backend)
         if found is not None:
-            record = Provenance.collect(backend, config=config, inputs={})
+            record = Provenance.collect(backend, config=config)
             save_result(config.out.with_name(f"{config.out.name}.controls"), KIND, found.record(), provenance=record)
     return config.out
 
