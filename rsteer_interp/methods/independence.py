@@ -62,7 +62,8 @@ def _states(
 
 def _cosines(states: Float[Tensor, "row site d"], v: Float[Tensor, " d"]) -> Float[Tensor, "row site"]:
     w = v.to(states)
-    return states @ (w / w.norm()) / states.norm(dim=-1)
+    along: Tensor = states @ (w / w.norm())
+    return along.div(states.norm(dim=-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +158,8 @@ def _across(z: Tensor, r: Tensor, u: Tensor) -> Tensor:
     """The unit vector of z's part orthogonal to r and u, which may be parallel."""
     span = torch.linalg.svd(torch.stack([r.double() / r.double().norm(), u.double() / u.double().norm()]))
     basis = span.Vh[: int((span.S > 1e-6).sum())]
-    left = z - basis.T @ (basis @ z)
-    return left / left.norm()
+    left: Tensor = z - basis.T @ (basis @ z)
+    return left.div(left.norm())
 
 
 def _displaced(one: RepInd, taken: Tensor, z: Tensor, read: Tensor) -> float:
