@@ -62,8 +62,8 @@ def _states(
 
 def _cosines(states: Float[Tensor, "row site d"], v: Float[Tensor, " d"]) -> Float[Tensor, "row site"]:
     w = v.to(states)
-    cosines: Tensor = states @ (w / w.norm()) / states.norm(dim=-1)
-    return cosines
+    along: Tensor = states @ (w / w.norm())
+    return along.div(states.norm(dim=-1))
 
 
 @dataclass(frozen=True, eq=False)
