@@ -85,9 +85,7 @@ def run(config: Config) -> Audit:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 2 for bad input, else the verdict's."""
-    found: list[int] = []
-    code = run_command(Config, lambda config: found.append(run(config).verdict.exit_code(config.strict)), argv)
-    return code or found[0]
+    return run_command(Config, lambda config: run(config).verdict.exit_code(config.strict), argv)
 
 
 if __name__ == "__main__":

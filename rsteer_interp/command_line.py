@@ -9,27 +9,32 @@ from typing import TypeVar
 import tyro
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.processes import together
+from rsteer_interp.processes import leave, together
 
 ConfigT = TypeVar("ConfigT")
 
 
 def run(config_type: type[ConfigT], function: Callable[[ConfigT], object], argv: Sequence[str] | None = None) -> int:
-    """Exit code of `function(Config from argv)`: 0, 2 after a UserError (one line on stderr), 130 when interrupted.
-
-    Under torchrun the processes work together (see `processes`).
+    """Exit code of `function(Config from argv)`: what it returns if that is a number, else 0; 2 after a UserError (one line on
+    stderr), 130 when interrupted. Under torchrun the processes work together (see `processes`).
 
     The help text is the docstring of the analysis and of its Config's fields; nothing heavy is imported to print it.
     """
     description = sys.modules[config_type.__module__].__doc__
     config = tyro.cli(config_type, args=argv, description=description)
+    code = _run(function, config)
+    leave(code)
+    return code
+
+
+def _run(function: Callable[[ConfigT], object], config: ConfigT) -> int:
     try:
         with together(getattr(config, "device_map", None)):
-            function(config)
+            found = function(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue from the last finished stage", file=sys.stderr)
         return 130
-    return 0
+    return found if isinstance(found, int) else 0

@@ -86,9 +86,9 @@ def test_a_prefix_without_gradients_is_caught() -> None:
     whole = gradient(backend, batch, v, lambda v: ablation(backend, v))
     build = backend._prefix_cache
 
-    def cut(*args):  # type: ignore[no-untyped-def]
+    def cut(*args, **options):  # type: ignore[no-untyped-def]
         with torch.no_grad():
-            return build(*args)
+            return build(*args, **options)
 
     backend._prefix_cache = cut  # type: ignore[method-assign]
     part = gradient(backend, batch, v, lambda v: ablation(backend, v))

@@ -103,6 +103,7 @@ def main(what: str, folder: str) -> None:
     else:
         with processes.together("tp"):
             _sharded_model(Path(folder))
+    processes.leave(0)
 
 
 def _torchrun(n: int, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rsteer_interp.activations import last_states
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.evaluation import answer_effects, answer_log_probs, effects_of_each, log_odds
 from rsteer_interp.interventions import AtPositions, ablate, add
@@ -78,6 +79,22 @@ def test_a_start_serves_edits_that_share_less_than_it_knows_to_be_shared(family:
         torch.testing.assert_close(started, backend.logits(plain, edit), atol=1e-4, rtol=1e-4)
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_reading_early_runs_no_block_behind_it_for_the_prefix_neither(family: str) -> None:
+    backend = tiny_backend(family)
+    rows, ran = backend.template().encode_all(TEXTS), list[int]()
+    assert backend.can_share_prefix  # asks the model, once
+    handles = [
+        next(block.children()).register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(backend.blocks)  # type: ignore[attr-defined]
+    ]
+    early = last_states(backend, rows, [Site(2)])[Site(2)]
+    assert set(ran) == {0, 1} and len(ran) > 2, "the prefix was run apart"
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(early, last_states(backend, rows, [Site(2), Site(4)])[Site(2)], atol=1e-5, rtol=1e-5)
 
 
 def test_one_pass_prepares_several_layers() -> None:

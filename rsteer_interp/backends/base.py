@@ -115,9 +115,11 @@ class Backend(Batching):
         hooks: Mapping[Site, Callable[[Tensor], Tensor]],
         keep: int,
         use_cache: bool,
+        stop: bool = False,
     ) -> tuple[Float[Tensor, "row keep vocab"] | None, Any]:
-        """Run tokens after `cache` (None: none); logits of the last `keep` positions (0: none, and a pass without a cache may
-        stop after the last hooked site) and the extended cache. Hooks must be gone afterwards, whatever happens."""
+        """Run tokens after `cache` (None: none); logits of the last `keep` positions (0: none) and the extended cache. With
+        `stop`, and in a pass without logits or cache, it may end after the last hooked site. Hooks must be gone afterwards,
+        whatever happens."""
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class Backend(Batching):
         ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, None
         full_mask = mask
         if shared:
-            cache = self._prefix_cache(run, shared, start)
+            cache = self._prefix_cache(run, shared, start, stop=keep == 0 and not use_cache)
             width = max(len(row.ids) for row in batch.rows) - shared
             ids, positions = ids[:, -width:], positions[:, -width:]
             # Columns before a row's own tokens hold a copy of prefix tokens: they are in the cache already.
@@ -204,8 +206,9 @@ class Backend(Batching):
         assert n_blocks == 0, f"the {self.name} backend cannot leave out blocks"
         return nullcontext()
 
-    def _prefix_cache(self, run: _Run, shared: int, start: Start | None) -> Any:
-        """Cache of the shared prefix, computed on one row (edit included) and repeated over the rows."""
+    def _prefix_cache(self, run: _Run, shared: int, start: Start | None, stop: bool) -> Any:
+        """Cache of the shared prefix, computed on one row (edit included) and repeated over the rows; with `stop`, of the
+        blocks alone that a pass needs which ends after the edit's last site."""
         batch = run.batch
         ids = torch.tensor([run.batch.rows[0].ids[:shared]], device=batch.ids.device)
         positions = torch.arange(shared, device=batch.ids.device)[None]
@@ -215,7 +218,7 @@ class Backend(Batching):
         if start is not None:
             hooks |= _begun(start.prefix, hooks, first_block)
         with self._bypass(first_block):
-            _, cache = self._forward(ids, mask, positions, cache=None, hooks=hooks, keep=0, use_cache=True)
+            _, cache = self._forward(ids, mask, positions, cache=None, hooks=hooks, keep=0, use_cache=True, stop=stop)
         fill_blank(cache, first_block, shared)
         cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long, device=batch.ids.device))
         return cache

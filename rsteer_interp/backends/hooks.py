@@ -76,15 +76,17 @@ class HooksBackend(Backend):
         hooks: Mapping[Site, Callable[[Tensor], Tensor]],
         keep: int,
         use_cache: bool,
+        stop: bool = False,
     ) -> tuple[Float[Tensor, "row keep vocab"] | None, Any]:
         with ExitStack() as stack:
             for site in sorted(hooks):
                 stack.callback(self._install(site, hooks[site]).remove)
             head = self.model.get_output_embeddings()
-            if keep == 0 and not use_cache:
+            if keep == 0 and use_cache and cache is None and (stop or head is not None):
+                cache = DynamicCache(config=self.model.config)  # ours, because a pass that is left gives nothing back
+            if stop or (keep == 0 and not use_cache):
                 stack.callback(self._install_stop(max(hooks)).remove)
             elif keep == 0 and head is not None:
-                cache = DynamicCache(config=self.model.config) if cache is None else cache
                 stack.callback(head.register_forward_pre_hook(_stop).remove)
             try:
                 out = self.model(

@@ -93,17 +93,18 @@ class TransformerLensBackend(Backend):
         hooks: Mapping[Site, Callable[[Tensor], Tensor]],
         keep: int,
         use_cache: bool,
+        stop: bool = False,
     ) -> tuple[Float[Tensor, "row keep vocab"] | None, Any]:
         def hook(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
             return lambda x, hook: function(x)  # the bridge passes its hook point by this name
 
-        def stop(x: Tensor, hook: Any) -> Tensor:
+        def leave(x: Tensor, hook: Any) -> Tensor:
             raise StopForward
 
         names = {**self._hooks, **self._head_hooks}
         named = [(names[site], hook(hooks[site])) for site in sorted(hooks)]
         if keep == 0 and not use_cache:
-            named.append((self._stop_name(max(hooks)), stop))
+            named.append((self._stop_name(max(hooks)), leave))
         try:
             logits, cache = self.bridge.run_with_hooks(
                 ids,

@@ -27,3 +27,4 @@ def measure(model: str, rounds: int) -> list[float]:
 if __name__ == "__main__":
     with processes.together():
         print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+    processes.leave(0)

@@ -16,9 +16,9 @@ PROMPTS = (8, 16, 32, 64)
 
 
 def _millions(backend: Backend) -> int:
-    """Parameters that a token is multiplied with: all but the embedding (tied to the output head here, which is not run)."""
-    embedding = backend.model.get_input_embeddings().weight.numel()
-    return round((sum(p.numel() for p in backend.model.parameters()) - embedding) / 1e6)
+    """Parameters that a token is multiplied with: all but the embedding and the output head, which is not run."""
+    ends = {backend.model.get_input_embeddings().weight, backend.model.get_output_embeddings().weight}
+    return round((sum(p.numel() for p in backend.model.parameters()) - sum(w.numel() for w in ends)) / 1e6)
 
 
 def test_scaling(benchmark: Any, backend: Backend, small: Backend | None, rows: list[Tokens], rounds: int) -> None:
