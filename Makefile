@@ -54,10 +54,11 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Time and memory beside other ways to the same numbers, on the demo model. Run it on a quiet machine.
+# Time and memory beside other ways to the same numbers, on the demo model. Run it on a quiet machine. NNSIGHT: a Python that has
+# nnsight, which needs an environment of its own.
 bench: $(VENV)/.ready
 	@mkdir -p $(RESULTS)/benchmarks
-	$(BIN)/python -m pytest -o addopts= -q tests/benchmarks --bench-model $(MODEL) \
+	$(BIN)/python -m pytest -o addopts= -q tests/benchmarks --bench-model $(MODEL) --bench-nnsight "$(NNSIGHT)" \
 		--benchmark-quiet --benchmark-json=$(RESULTS)/benchmarks/rounds.json
 	$(BIN)/python -m tests.benchmarks.report --rounds $(RESULTS)/benchmarks/rounds.json --out $(RESULTS)/benchmarks
 

@@ -26,6 +26,7 @@ SETS = ("political_sensitive", "political_matched", "harmful", "general")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-model", default="demo", help="model to measure; tiny: a random one, to try the cases out")
     parser.addoption("--bench-rounds", type=int, default=3, help="rounds of every comparison")
+    parser.addoption("--bench-nnsight", default="", help="a Python that has nnsight, transformers and torch")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
