@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -46,9 +47,28 @@ def last_states(
     at the site sees after it. Memory: prompts x sites x d_model x 4 bytes; for more, stream into Moments by batches.
     """
     out = {site: torch.empty(len(rows), backend.d_model) for site in sites}
+    return _collected(backend, rows, out, lambda: RecordLast(frozenset(sites)), edit, on_batch)
+
+
+class _Recorder(Edit, Protocol):
+    """Changes nothing, and keeps what passes."""
+
+    @property
+    def states(self) -> dict[Site, Tensor]: ...
+
+
+def _collected(
+    backend: Backend,
+    rows: Sequence[Tokens],
+    out: dict[Site, Tensor],
+    recorder: Callable[[], _Recorder],
+    edit: Edit | None = None,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> dict[Site, Tensor]:
+    """`out` filled with what a fresh recorder keeps of every batch, in the order of the prompts."""
 
     def run(batch: Batch) -> dict[Site, Tensor]:
-        record = RecordLast(frozenset(sites))
+        record = recorder()
         both = compose(edit, record)
         assert both is not None
         backend.run(batch, both)
@@ -122,17 +142,7 @@ def pooled_states(
 ) -> dict[Site, Float[Tensor, "prompt d"]]:
     """Every prompt as one vector per site, in the order of the prompts; one pass that stops after the last site."""
     out = {site: torch.empty(len(rows), backend.d_model) for site in sites}
-
-    def run(batch: Batch) -> dict[Site, Tensor]:
-        record = RecordPooled(frozenset(sites), pooling)
-        backend.run(batch, record)
-        return record.states
-
-    for group, states in backend.spread(rows, run):
-        for site, value in states.items():
-            out[site][group] = checked(site, value)
-        on_batch(len(group))
-    return out
+    return _collected(backend, rows, out, lambda: RecordPooled(frozenset(sites), pooling), on_batch=on_batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,19 +177,7 @@ def suffix_states(
     if n == 0:
         raise UserError("the chat template has no token after the instruction; directions need one at least")
     out = {site: torch.empty(len(rows), n, backend.d_model) for site in sites}
-
-    def run(batch: Batch) -> dict[Site, Tensor]:
-        record = RecordSuffix(frozenset(sites), n)
-        backend.run(batch, record)
-        return record.states
-
-    for group, states in backend.batches(rows, run):
-        for site, value in states.items():
-            if not bool(torch.isfinite(value).all()):
-                raise UserError(f"activations at {site} are not finite; use a wider dtype (bfloat16 or float32)")
-            out[site][group] = value
-        on_batch(len(group))
-    return out
+    return _collected(backend, rows, out, lambda: RecordSuffix(frozenset(sites), n), on_batch=on_batch)
 
 
 @dataclass(frozen=True, eq=False)
