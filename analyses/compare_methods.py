@@ -40,7 +40,11 @@ class Config(StudyConfig):
     screened: int = 24
     """Refused select prompts of either set, at most, on which strengths are tried."""
     judged: int = 48
-    """Report prompts of each set, at most, whose replies are judged."""
+    """Refused report prompts of the removed and of the kept set, at most, whose replies are judged."""
+    watched: int = 32
+    """Report prompts of each watched set, at most, whose replies are judged."""
+    draws: int = 3
+    """Random edits of equal norm beside every method's own, on `screened` report prompts of either set."""
     conversations: int = 16
     """Benign conversations for KL on report; half as many others on select."""
 

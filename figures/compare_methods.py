@@ -31,6 +31,7 @@ def draw(result: Result) -> Drawing:
         raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
     rows, names = data["methods"], data["names"]
     order = sorted(rows, key=lambda name: -rows[name]["select_score"])
+    beside = {name: rows[name]["equal_dose"] or {} for name in order}
     panels: list[tuple[str, dict[str, Mapping[str, Any] | None]]] = [
         (f"{_words(names['remove'])}:\nnow answered", {n: rows[n]["own_best"]["removed"] for n in order}),
         (f"{_words(names['keep'])}:\nstill refused", {n: rows[n]["own_best"]["kept"] for n in order}),
@@ -52,6 +53,10 @@ def draw(result: Result) -> Drawing:
         for axes, (title, values) in zip(every, panels, strict=True):
             _panel(axes, values, order, data["null"])
             axes.set_title(title, fontsize=6.5)
+        for axes, share in ((every[0], "null_removed"), (every[1], "null_kept")):
+            for y, name in enumerate(order):
+                draws = beside[name].get(share, ())
+                axes.plot(draws, [y] * len(draws), "|", ms=4, mew=0.8, color=colour("neutral"))
         every[0].set_yticks(range(len(order)), [rows[n]["label"] for n in order], fontsize=6.5)
         every[0].set_ylim(len(order) - 0.4, -0.6)
         for axes in every[:3]:
@@ -67,9 +72,16 @@ def draw(result: Result) -> Drawing:
         f"Each method at the strength chosen for it on the select split, judged replies on the report split: n = {n[names['remove']]} "
         f"refused {_words(names['remove'])} and {n[names['keep']]} refused {_words(names['keep'])} prompts, 95 % intervals (Wilson, Newcombe, "
         f"bootstrap). Third panel: first-token log-odds at the strength at which {data['target']:.0%} of refused select prompts are answered; "
-        "no point: out of reach, or no knob. Grey: the null, random directions at their own best dose. Order: the select split's. "
+        "no point: out of reach, or no knob. Grey ticks: each edit's own null, moves as large at every state in random directions (log-odds). Grey band: random "
+        "directions at their own best dose. Order: the select split's. "
         f"{data['finding']}",
-        {"order": order, "null": data["null"], "n": n, "panels": [{"title": t, "values": v} for t, v in panels]},
+        {
+            "order": order,
+            "null": data["null"],
+            "n": n,
+            "equal_dose": beside,
+            "panels": [{"title": t, "values": v} for t, v in panels],
+        },
     )
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from rsteer_interp.backends.edits import At, Edit, Site
+from rsteer_interp.backends.edits import At, Edit, Site, rowwise
 from rsteer_interp.directions.ridge import ridge_solve
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments
@@ -93,6 +93,10 @@ class Gated:
 
     pointwise = False
     leaves_prefix = True
+
+    @property
+    def rowwise(self) -> bool:
+        return rowwise(self.edit)
 
     def __post_init__(self) -> None:
         first = min(self.edit.sites)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.edits import Around, At, Edit, Site
+from rsteer_interp.backends.edits import Around, At, Edit, Site, rowwise
 from rsteer_interp.errors import UserError
 
 Key = tuple[torch.device, torch.dtype]
@@ -228,6 +228,10 @@ class AtPositions:
     @property
     def leaves_prefix(self) -> bool:
         return "prefix" not in self.spans
+
+    @property
+    def rowwise(self) -> bool:
+        return rowwise(self.edit)
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         ends = [at.batch.span_end(name).to(x.device)[at.rows][:, None] for name in ("prefix", "instruction", "prompt")]

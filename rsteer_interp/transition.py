@@ -22,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 
 from rsteer_interp.activations import checked
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix
+from rsteer_interp.backends.edits import At, Edit, Site, leaves_prefix, rowwise
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
 
@@ -160,6 +160,10 @@ class SteerBySign:
     @property
     def leaves_prefix(self) -> bool:
         return leaves_prefix(self.toward) and leaves_prefix(self.away)
+
+    @property
+    def rowwise(self) -> bool:
+        return rowwise(self.toward) and rowwise(self.away)
 
     def decide_ahead(self, batch: Batch, memory: dict[Any, Any]) -> None:
         memory[self] = self.gate.signs(batch.rows)

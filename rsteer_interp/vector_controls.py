@@ -7,40 +7,23 @@ dose   = |edit| / |resid|;  side effect = KL(base || steered) per token of benig
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import Around, At, Edit, Site
+from rsteer_interp.backends.edits import Edit
 from rsteer_interp.batch import Tokens
+from rsteer_interp.equal_norm import Redirected
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds
 from rsteer_interp.nulls import Estimate, random_unit_vectors
 from rsteer_interp.steering import Steering
-
-
-@dataclass(frozen=True, eq=False)
-class Redirected(Around):
-    """h + |edit(h) - h| u with unit vectors u by site: an edit's equal-norm null, as large at every site and position."""
-
-    towards: Mapping[Site, Float[Tensor, " d"]]
-
-    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
-        edited = self.edit(x, at)
-        if at.site not in self.towards:  # where a gate reads and nothing is changed
-            return edited
-        wide = torch.promote_types(x.dtype, torch.float32)
-        size = (edited.to(wide) - x.to(wide)).norm(dim=-1, keepdim=True)
-        moved: Tensor = x.to(wide) + size * self.towards[at.site].to(x.device, wide)
-        return moved.to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from rsteer_interp.backends import load_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
+from rsteer_interp.equal_norm import Redirected
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import Gate
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.prompts import load_prompts
 from rsteer_interp.results import load_result
 from rsteer_interp.steering import Steering, load_steering, make_steering
-from rsteer_interp.vector_controls import Controls, Redirected, controls, opening_token_ids
+from rsteer_interp.vector_controls import Controls, controls, opening_token_ids
 from rsteer_interp.vector_formats import added_by, load_vectors, save_vectors
 from tests.refusing_model import save_refusing, texts, write_sets
 from tests.test_vector_formats import some

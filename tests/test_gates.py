@@ -10,11 +10,12 @@ from scipy.stats import norm
 
 from rsteer_interp.activations import instruction_means, last_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import Site, compose
+from rsteer_interp.backends.edits import Edit, Site, compose, rowwise
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds
 from rsteer_interp.gates import Gate, Gated, balanced_threshold, discriminant, roc
 from rsteer_interp.interventions import AtPositions, OnPrompt, add
+from rsteer_interp.methods.alphasteer import LastTokenShift, LinearGate
 from rsteer_interp.moments import Moments
 from rsteer_interp.pooling import POOLINGS, Pooling
 from rsteer_interp.results import Provenance
@@ -110,6 +111,28 @@ def test_sharing_the_prefix_is_exact_and_stops_where_the_template_does() -> None
     batch = backend.batch(rows)
     assert batch.shared_prefix > rows[0].prefix
     assert backend._shared_width(batch, gated, 1) == rows[0].prefix
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["gated", "positions", "shift", "each"])
+def test_rows_of_other_lengths_run_their_prompt_apart_and_decode_together(what: str, kind: Kind) -> None:
+    """Replies are those of every row alone; what a gate decided in the parts is found again by the rows of the whole."""
+    backend = tiny_backend("llama", kind)
+    texts = [text + " and the river" * n for n in (30, 0, 12) for text in TEXTS]
+    rows = backend.template().encode_all(texts)
+    edit = _edit(backend)
+    states = last_states(backend, rows, [SITE])[SITE]
+    w = torch.randn(backend.d_model, generator=torch.Generator().manual_seed(3))
+    gate = Gate(SITE, w, float((states @ w).double().sort().values[5:7].mean()))
+    gated = Gated(edit.edit, gate)
+    shift = LastTokenShift(SITE, LinearGate(w.double() / 10, 0.0), dict.fromkeys((Site(1), Site(2)), 3 * w))
+    one: Edit | None = {"gated": gated, "positions": edit, "shift": shift, "each": compose(gated, shift)}[what]
+    assert one is not None and not one.pointwise and rowwise(one)
+    assert len(backend.groups(rows, len(rows))) > 1
+    together = backend.generate(backend.batch(rows), 5, one).ids
+    alone = torch.cat([backend.generate(backend.batch([row]), 5, one).ids for row in rows])
+    assert torch.equal(together, alone)
+    assert not torch.equal(together, backend.generate(backend.batch(rows), 5).ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)

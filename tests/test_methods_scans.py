@@ -285,10 +285,21 @@ def test_what_decides_ahead_sees_the_unedited_model(kind: Kind) -> None:
             torch.testing.assert_close(states[site], bare[site], atol=1e-5, rtol=0)
 
 
-def test_inside_an_edit_that_does_not_pass_the_question_on_it_says_so() -> None:
+def test_edits_around_it_pass_the_question_on_and_one_that_does_not_is_told() -> None:
+    """In the prompt pass, an edit of the prompt alone is the edit."""
     backend = tiny_backend("llama")
+    rows, steering = backend.template().encode_all(TEXTS), _steering(backend)
+    odds = [log_odds(backend, rows, TOKENS, edit) for edit in (steering, OnPrompt(steering))]
+    torch.testing.assert_close(odds[0], odds[1], atol=1e-5, rtol=0)
+
+    class Silent:
+        sites, pointwise = steering.sites, False
+
+        def __call__(self, x: torch.Tensor, at: At) -> torch.Tensor:
+            return steering(x, at)
+
     with pytest.raises(UserError, match="not decided; give SteerBySign to a backend itself"):
-        log_odds(backend, backend.template().encode_all(TEXTS), TOKENS, OnPrompt(_steering(backend)))
+        log_odds(backend, rows, TOKENS, Silent())
 
 
 # -- the logit lens ----------------------------------------------------------------------------------------------------

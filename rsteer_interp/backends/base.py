@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsteer_interp.backends.batching import Batching
-from rsteer_interp.backends.edits import At, Edit, Phase, Site, decide_ahead, leaves_prefix
+from rsteer_interp.backends.edits import At, Edit, Phase, Site, decide_ahead, leaves_prefix, rowwise
 from rsteer_interp.backends.key_values import fill_blank, joined
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
@@ -269,11 +269,11 @@ class Backend(Batching):
         return Replies(ids.cpu(), lengths.cpu(), log_probs.cpu(), first)
 
     def _first_step(self, run: _Run) -> tuple[Tensor, Any, Tensor]:
-        """First logits, cache and mask of every row. Where the edit does not depend on the row, rows of like length run their
-        prompt pass together, without the padding of the longest, and decode in one batch all the same."""
+        """First logits, cache and mask of every row. Where rows do not depend on each other, those of like length run
+        their prompt pass together, without the padding of the longest, and decode in one batch all the same."""
         batch, edit = run.batch, run.edit
         parts = [list(range(len(batch)))]
-        if (edit is None or edit.pointwise) and self.can_share_prefix:
+        if (edit is None or rowwise(edit)) and self.can_share_prefix:
             parts = self.groups(batch.rows, len(batch))
         runs = [run] if len(parts) == 1 else [_Run(self.batch([batch.rows[i] for i in part]), edit) for part in parts]
         passed = [self._prompt_pass(each, keep=1, use_cache=True) for each in runs]
@@ -282,7 +282,12 @@ class Backend(Batching):
             return logits, passed[0][1], passed[0][2]
         rows = [i for part in parts for i in part]
         cache, mask = joined([cache for _, cache, _ in passed], [mask for _, _, mask in passed], rows)
-        return logits[torch.tensor(rows, device=logits.device).argsort()], cache, mask
+        order = torch.tensor(rows).argsort()
+        run.memory |= {  # what gates decided, an entry per row
+            key: torch.cat([part.memory[key] for part in runs])[order.to(value.device)]
+            for key, value in runs[0].memory.items()
+        }
+        return logits[order.to(logits.device)], cache, mask
 
     def decode(self, replies: Replies) -> list[str]:
         """Text of each reply, without special tokens."""

@@ -81,6 +81,9 @@ class Edit(Protocol):
     other positions). Only then may a backend compute a prefix that all rows share once for all of them; or, up to the end
     of the template prefix, when the edit has `leaves_prefix = True`: it changes nothing there.
 
+    An edit that is not pointwise has `rowwise = True` when what it does to a row depends on that row's tokens and states alone,
+    and all that it keeps in memory are tensors with an entry per row of the batch. Then prompts may be run in parts.
+
     An edit that needs a pass of its own over the prompts, before they are edited, has `decide_ahead(batch, memory)`. It is
     called before the prompt pass, when no hook is set (a pass inside a hook would run through the hooks of the pass around
     it), with the memory that `At` brings.
@@ -113,6 +116,10 @@ class Compose:
     def leaves_prefix(self) -> bool:
         return all(edit.pointwise or leaves_prefix(edit) for edit in self.edits)
 
+    @property
+    def rowwise(self) -> bool:
+        return all(map(rowwise, self.edits))
+
     def decide_ahead(self, batch: Batch, memory: dict[Any, Any]) -> None:
         for edit in self.edits:
             decide_ahead(edit, batch, memory)
@@ -142,10 +149,22 @@ class Around:
     def leaves_prefix(self) -> bool:
         return leaves_prefix(self.edit)
 
+    @property
+    def rowwise(self) -> bool:
+        return rowwise(self.edit)
+
+    def decide_ahead(self, batch: Batch, memory: dict[Any, Any]) -> None:
+        decide_ahead(self.edit, batch, memory)
+
 
 def leaves_prefix(edit: Edit) -> bool:
     """Whether the edit says that it changes nothing inside the template prefix."""
     return bool(getattr(edit, "leaves_prefix", False))
+
+
+def rowwise(edit: Edit) -> bool:
+    """Whether rows may be run apart from each other: the edit is pointwise, or says so."""
+    return edit.pointwise or bool(getattr(edit, "rowwise", False))
 
 
 def decide_ahead(edit: Edit | None, batch: Batch, memory: dict[Any, Any]) -> None:

@@ -142,6 +142,7 @@ class LastTokenShift:
     prefix: bool = False
 
     pointwise = False
+    rowwise = True
 
     def __post_init__(self) -> None:
         if self.site > min(self.shifts):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
@@ -16,6 +17,7 @@ from torch import Tensor
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.batch import ChatTemplate
+from rsteer_interp.methods.cost import Account
 
 States = Mapping[Site, Float[Tensor, "prompt d"]]
 
@@ -65,6 +67,11 @@ class Material:
     keep: str  # the set whose refusals are to stay (harmful)
     ordinary: tuple[str, ...]  # sets that are to be left alone (harmless_matched, general)
     seed: int = 0
+
+    @cached_property
+    def account(self) -> Account:
+        """Costs of what methods share."""
+        return Account(self.backend)
 
     @property
     def n_layers(self) -> int:

@@ -69,6 +69,7 @@ class Trials:
 
     def __init__(self, material: Material, search: Search) -> None:
         self.search, self.backend, self.tokens = search, material.backend, material.refusal_tokens
+        self._account = material.account
         names = (material.remove, material.contrast)
         layers = search.layers(self.backend.n_layers)
         if not layers:
@@ -105,7 +106,9 @@ class Trials:
         """Effects of the candidates at these places; those that were measured before are not run again."""
         places = [place for place in dict.fromkeys(places) if place in self.candidates]
         missing = [place for place in places if (operator, place) not in self._effects]
-        fresh = self.measure([self.candidates[place] for place in missing], operator)
+        with self._account.run([(self.search, operator, place) for place in missing]):
+            fresh = self.measure([self.candidates[place] for place in missing], operator)
+        self._account.use((self.search, operator, place) for place in places)
         self._effects |= {(operator, place): e for place, e in zip(missing, fresh, strict=True)}
         return {place: self._effects[operator, place] for place in places}
 
@@ -157,7 +160,9 @@ def trials(material: Material, search: Search) -> Trials:
     """The trials of this material, made when first asked for: all selectors that are given it share them."""
     kept = _TRIALS.setdefault(material, {})
     if search not in kept:
-        kept[search] = Trials(material, search)
+        with material.account.run([search]):
+            kept[search] = Trials(material, search)
+    material.account.use([search])
     return kept[search]
 
 

@@ -12,25 +12,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rsteer_interp.backends.edits import At, Edit, Site
+from rsteer_interp.backends.edits import Around, At, Site
 
 Totals = dict[Site, tuple[Tensor, int]]
 
 
 @dataclass(frozen=True, eq=False)
-class Dosed:
+class Dosed(Around):
     """An edit that keeps account of its relative size per site."""
 
-    edit: Edit
     totals: Totals = field(default_factory=dict)
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        return self.edit.sites
-
-    @property
-    def pointwise(self) -> bool:
-        return self.edit.pointwise
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         out = self.edit(x, at)

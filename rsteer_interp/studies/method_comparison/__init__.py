@@ -7,7 +7,7 @@ again, and a new one is added without touching the others.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ from rich.table import Table
 from rsteer_interp.errors import UserError
 from rsteer_interp.methods import METHODS, Examples, Material, Method
 from rsteer_interp.prompts import PromptSet, load_prompts
+from rsteer_interp.studies.method_comparison.equal_dose import equal_dose
 from rsteer_interp.studies.method_comparison.outcomes import (
     against,
     at_matched_removal,
     at_own_best,
     base_answer_perplexity,
-    refused_prompts,
 )
 from rsteer_interp.studies.method_comparison.reading import Reading
 from rsteer_interp.studies.method_comparison.selection import choose, judged_score, try_strengths
@@ -60,7 +60,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         "against_leader": against({n: r["own_best"] for n, r in rows.items()}, leader),
         "base_rates": study.rates("report", config.remove, config.contrast, config.keep, *config.watch),
         "base_answer_perplexity": asdict(base_answer_perplexity(study, config.remove, config.contrast)),
-        "n": {name: len(refused_prompts(study, name, config.judged)) for name in (config.remove, config.keep)},
+        "n": {name: len(texts) for name, texts in reading.refused_prompts("report", config.judged).items()},
         "target": config.target,
         "names": {"remove": config.remove, "keep": config.keep, "watch": list(config.watch)},
     }
@@ -100,20 +100,18 @@ def measure(study: Study, config: Config, reading: Reading, method: Method) -> d
     """Everything about one method, as plain data."""
 
     def compute() -> tuple[dict[str, Any], None]:
-        begin, before = time.perf_counter(), study.backend.prompts_run
-        fitted = method.fit(reading.material)
-        cost = {"fit_seconds": time.perf_counter() - begin, "fit_prompts": study.backend.prompts_run - before}
+        fitted, fit_cost = reading.material.account.charged(lambda: method.fit(reading.material))
+        begin = time.perf_counter()
         talks = list(conversations("select", config.conversations // 2, config.seed))
         trials = try_strengths(reading, fitted, method.strengths, talks, config.screened)
         chosen = choose(trials, target=config.target, bound=config.bound)
         treatment = fitted(chosen.best.strength)
         score = judged_score(reading, treatment, method.name, config.screened)
-        cost["select_seconds"] = time.perf_counter() - begin - cost["fit_seconds"]
+        select_seconds = time.perf_counter() - begin
         talks = list(conversations("report", config.conversations, config.seed))
-        begin = time.perf_counter()
-        own = at_own_best(reading, treatment, method.name, config.watch, talks, config.judged)
-        cost["report_seconds"] = time.perf_counter() - begin
+        own = at_own_best(reading, treatment, method.name, talks, config)
         matched = at_matched_removal(reading, fitted, chosen, config.judged)
+        beside = equal_dose(reading, treatment, config.screened, config.draws, config.seed)
         return {
             "label": method.label,
             "source": method.source,
@@ -122,7 +120,13 @@ def measure(study: Study, config: Config, reading: Reading, method: Method) -> d
             "trials": [asdict(t) for t in chosen.trials],
             "own_best": own,
             "matched": matched,
-            "cost": cost,
+            "equal_dose": asdict(beside) if beside is not None else None,
+            "cost": {
+                "fit_seconds": fit_cost.seconds,
+                "fit_prompts": round(fit_cost.prompts),
+                "select_seconds": select_seconds,
+                "report_seconds": time.perf_counter() - begin - select_seconds,
+            },
         }, None
 
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_OF_A_METHOD}
@@ -161,20 +165,37 @@ def _percent(rate: Mapping[str, Any]) -> str:
     return f"{rate['rate']:.0%} ({100 * rate['low']:.0f} to {100 * rate['high']:.0f}, n = {rate['n']})"
 
 
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.0%} to {max(values):.0%}"
+
+
 def tables(data: dict[str, Any]) -> list[Table]:
     """One row per method, best on select first."""
     names = data["names"]
     table = Table(title=f"Own best strength (report, judged), and {names['keep']} kept at matched removal (log-odds)")
     watched = [f"{name}, change" for name in names["watch"]]
-    columns = ("method", "strength", "removed", "kept", "q removed", "q kept", *watched, "KL", "perplexity / base")
-    for column in (*columns, "matched: removed", "kept", "fit s", "fit prompts"):
+    columns = (
+        "method",
+        "strength",
+        "dose",
+        "removed",
+        "kept",
+        "q removed",
+        "q kept",
+        *watched,
+        "KL",
+        "perplexity / base",
+    )
+    for column in (*columns, "matched: removed", "kept", "random, equal dose: removed", "kept", "fit s", "fit prompts"):
         table.add_column(column)
     base = data["base_answer_perplexity"]["value"]
     for name, row in sorted(data["methods"].items(), key=lambda item: -item[1]["select_score"]):
         own, matched, test = row["own_best"], row["matched"], data["against_null"].get(name)
+        beside = row["equal_dose"]
         table.add_row(
             row["label"],
             f"{row['best']['strength']:g}",
+            f"{beside['dose']:.2g}" if beside else "",
             _percent(own["removed"]),
             _percent(own["kept"]),
             *([f"{test[s]['q']:.2g}" for s in ("removed", "kept")] if test else ["", ""]),
@@ -182,6 +203,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
             interval(own["kl"], 3),
             f"{own['perplexity']['value'] / base:.2f}",
             *([_percent(matched["removed"]), _percent(matched["kept"])] if matched else ["not reached", ""]),
+            *([_range(beside["null_removed"]), _range(beside["null_kept"])] if beside else ["", ""]),
             f"{row['cost']['fit_seconds']:.0f}",
             str(row["cost"]["fit_prompts"]),
         )

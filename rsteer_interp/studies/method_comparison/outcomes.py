@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from rsteer_interp.methods import Treatment
 from rsteer_interp.methods.base import Fitted
@@ -17,38 +15,31 @@ from rsteer_interp.paired import PairedRates
 from rsteer_interp.prompts import Prompt
 from rsteer_interp.studies.method_comparison.reading import Reading
 from rsteer_interp.studies.method_comparison.selection import Chosen
-from rsteer_interp.studies.selective_steering.replies import perplexity
+from rsteer_interp.studies.selective_steering.replies import perplexity, reply_log_probs
 from rsteer_interp.studies.study import Study
 
-
-def refused_prompts(study: Study, name: str, n: int) -> list[str]:
-    """Report prompts of a set whose unsteered reply refuses, at most n."""
-    base = study.replies("report", name)
-    return [text for text, refused in zip(base.texts, base.refused.tolist(), strict=True) if refused][:n]
+if TYPE_CHECKING:
+    from analyses.compare_methods import Config
 
 
 def at_own_best(
-    reading: Reading, treatment: Treatment, label: str, watched: Sequence[str], talks: Sequence[Prompt], n: int
+    reading: Reading, treatment: Treatment, label: str, talks: Sequence[Prompt], config: Config
 ) -> dict[str, Any]:
     """Shares of refused prompts now answered (removed set) and still refused (kept set), change on the watched sets, KL and
     perplexity; `flags` for paired tests between methods."""
     study, material = reading.study, reading.material
-    flags: dict[str, list[bool]] = {}
-    texts = refused_prompts(study, material.remove, n)
-    still, log_prob = reading.judged(texts, treatment, f"{label}: {material.remove}")
-    flags["removed"] = (~still).tolist()
-    kept, _ = reading.judged(refused_prompts(study, material.keep, n), treatment, f"{label}: {material.keep}")
-    flags["kept"] = kept.tolist()
-    changes = {}
-    for name in watched:
-        base = study.replies("report", name, n)
-        after, _ = reading.judged(base.texts, treatment, f"{label}: {name}")
-        changes[name] = asdict(PairedRates.of(base.refused.tolist(), after.tolist()))
-    effects = reading.effects(talks, treatment)
+    base = {name: study.replies("report", name, config.watched) for name in config.watch}
+    refused = reading.refused_prompts("report", config.judged)
+    asked = {"removed": refused[material.remove], "kept": refused[material.keep]}
+    replies = reading.replies({**asked, **{name: b.texts for name, b in base.items()}}, treatment, label)
+    still = {name: [reply.verdict.refused for reply in found] for name, found in replies.items()}
+    flags = {"removed": [not refused for refused in still["removed"]], "kept": still["kept"]}
+    log_prob = reply_log_probs(study, asked["removed"], [reply.text for reply in replies["removed"]])
+    effects = reading.effects_of_each(talks, [treatment])[0]
     return {
         "removed": asdict(Rate.of(flags["removed"])),
         "kept": asdict(Rate.of(flags["kept"])),
-        "watched": changes,
+        "watched": {name: asdict(PairedRates.of(b.refused.tolist(), still[name])) for name, b in base.items()},
         "kl": asdict(Estimate.of(effects.kl.tolist())),
         "answer_shift": asdict(Estimate.of(effects.shift.tolist())),
         "perplexity": asdict(perplexity(log_prob)),
@@ -60,16 +51,12 @@ def at_matched_removal(reading: Reading, fitted: Fitted, chosen: Chosen, n: int)
     """The same two shares by log-odds at the interpolated strength; None for a method that cannot be matched."""
     if chosen.matched is None:
         return None
-    treatment, material = fitted(chosen.matched), reading.material
-    still: Mapping[str, Bool[Tensor, " prompt"]] = {
-        name: reading.refused(name, refused_prompts(reading.study, name, n), treatment)
-        for name in (material.remove, material.keep)
-    }
+    answered, refused = reading.outcomes("report", [fitted(chosen.matched)], n)[0]
     return {
         "strength": chosen.matched,
-        "removed": asdict(Rate.of((~still[material.remove]).tolist())),
-        "kept": asdict(Rate.of(still[material.keep].tolist())),
-        "flags": {"kept": still[material.keep].tolist()},
+        "removed": asdict(Rate.of(answered.tolist())),
+        "kept": asdict(Rate.of(refused.tolist())),
+        "flags": {"kept": refused.tolist()},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 from rsteer_interp.methods import Treatment
 from rsteer_interp.methods.base import Fitted
@@ -39,31 +40,23 @@ def try_strengths(
     reading: Reading, fitted: Fitted, strengths: Sequence[float], talks: Sequence[Prompt], screened: int
 ) -> tuple[Trial, ...]:
     """Trials at 0 and at every strength, on at most `screened` refused select prompts of either set."""
-    material = reading.material
-    texts = {name: refused_on_select(reading, name, screened) for name in (material.remove, material.keep)}
-
-    def trial(strength: float) -> Trial:
-        treatment = fitted(strength) if strength else Treatment()
-        still = {name: reading.refused(name, texts[name], treatment).double().mean() for name in texts}
-        kl = float(reading.effects(talks, treatment).kl.mean()) if strength else 0.0
-        return Trial(strength, 1 - float(still[material.remove]), float(still[material.keep]), kl)
-
-    return tuple(trial(strength) for strength in (0.0, *strengths))
-
-
-def refused_on_select(reading: Reading, name: str, n: int) -> list[str]:
-    """Refused select prompts of a set, at most n."""
-    examples = reading.material.select[name]
-    return examples.where(examples.refused).texts[:n]
+    treatments = [Treatment(), *map(fitted, strengths)]
+    kl = [0.0, *(float(e.kl.mean()) for e in reading.effects_of_each(talks, treatments[1:]))]
+    return tuple(
+        Trial(strength, fmean(answered.tolist()), fmean(refused.tolist()), cost)
+        for strength, (answered, refused), cost in zip(
+            (0.0, *strengths), reading.outcomes("select", treatments, screened), kl, strict=True
+        )
+    )
 
 
 def judged_score(reading: Reading, treatment: Treatment, label: str, n: int) -> float:
     """The score from judged replies on select, by which methods are ranked. Log-odds, which serve to choose among a method's own
     strengths, would not do: what changes the prompt changes the words that refusals begin with."""
     m = reading.material
-    removed, _ = reading.judged(refused_on_select(reading, m.remove, n), treatment, f"{label}: select {m.remove}")
-    kept, _ = reading.judged(refused_on_select(reading, m.keep, n), treatment, f"{label}: select {m.keep}")
-    return float(kept.double().mean() - removed.double().mean())
+    replies = reading.replies(reading.refused_prompts("select", n), treatment, f"{label}: select")
+    still = {name: fmean(reply.verdict.refused for reply in found) for name, found in replies.items()}
+    return still[m.keep] - still[m.remove]
 
 
 def choose(trials: Sequence[Trial], *, target: float, bound: float) -> Chosen:
