@@ -41,17 +41,21 @@ def paired_states(
 
     UserError when widths, depths or vocabularies differ.
     """
-    if (before.n_layers, before.d_model) != (after.n_layers, after.d_model):
-        raise UserError(
-            f"models of {before.n_layers} layers, width {before.d_model} and {after.n_layers} layers, width {after.d_model} "
-            "have no states in common; compare two checkpoints of one model"
-        )
-    if len(before.tokenizer) != len(after.tokenizer):
-        raise UserError(
-            f"vocabularies of {len(before.tokenizer)} and {len(after.tokenizer)} tokens; the same ids must mean the same words"
-        )
+    sizes = [(each.n_layers, each.d_model) for each in (before, after)]
+    check_comparable(sizes[0], len(before.tokenizer), sizes[1], len(after.tokenizer))
     x, y = last_states(before, rows, sites), last_states(after, rows, sites, edit)
     return {site: (x[site], y[site]) for site in sites}
+
+
+def check_comparable(size: tuple[int, int], n_tokens: int, other: tuple[int, int], n_other: int) -> None:
+    """UserError unless two models, by (layers, width) and vocabulary, may be checkpoints of one."""
+    if size != other:
+        raise UserError(
+            f"models of {size[0]} layers, width {size[1]} and {other[0]} layers, width {other[1]} have no states in common; "
+            "compare two checkpoints of one model"
+        )
+    if n_tokens != n_other:
+        raise UserError(f"vocabularies of {n_tokens} and {n_other} tokens; the same ids must mean the same words")
 
 
 def shift_rows(

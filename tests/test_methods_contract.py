@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.methods import METHODS, Method, Treatment
 from rsteer_interp.methods.base import Fitted
+from rsteer_interp.methods.candidates import Search
 from tests.planted_material import planted_material, texts
 
 PROMPTS = [*texts("political", "select")[:4], *texts("harm", "select")[:3], *texts("kitchen", "select")[:3]]
@@ -64,3 +66,23 @@ def test_generates(name: str) -> None:
     rows = material.backend.template(treatment.system).encode_all(PROMPTS[:4])
     replies = material.backend.generate(material.backend.batch(rows), 3, treatment.edit)
     assert replies.ids.shape == (4, 3) and bool(torch.isfinite(replies.log_probs).all())
+
+
+CHECKED = [name for name, method in METHODS.items() if hasattr(method, "checks")]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_its_own_checks_have_interval_n_and_null(name: str) -> None:
+    method: Any = METHODS[name]()
+    if hasattr(method, "search"):  # a rank correlation needs all of the few candidates that four layers have
+        method = replace(method, search=Search(stride=1))
+    found = method.checks(planted_material(), method.strengths[-1])
+    assert found
+    for check in found:
+        e = check.value
+        assert check.what and e.n >= 2 and e.low <= e.value <= e.high
+        assert any(c.isdigit() for c in check.null), "the null is in words and numbers"
+
+
+def test_checks_are_there_for_the_papers_that_claim_something_to_check() -> None:
+    assert {"cosmic", "scans", "cast", "alphasteer", "dbdi", "ace", "compliance"} <= set(CHECKED)

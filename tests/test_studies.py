@@ -32,6 +32,8 @@ SIZES = {
         *("--fit", "40", "--select", "40", "--report", "40", "--methods", "md", "selective", "prompt_open"),
         *("--judged", "16", "--screened", "8", "--conversations", "8", "--watch", "borderline", "general"),
     ],
+    "random_audit": ["--prompts", "6", "--vectors", "8", "--conversations", "4"],
+    "embedding_noise": ["--prompts", "8", "--doses", "0", "0.5", "2", "8"],
     # Enough of both verdicts for several kinds of refusal.
     "refusal_geometry": [
         "--fit",

@@ -22,11 +22,12 @@ from rsteer_interp.directions import MeanDifference, fit_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import add, set_component
-from rsteer_interp.methods.base import Fitted, Material, Treatment
+from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
 from rsteer_interp.methods.refusal_steering import best_layers, evidence
 from rsteer_interp.nulls import Estimate, random_unit_vectors
 from rsteer_interp.selection import steerable_layers
 
+N_CHECKED = 24  # prompts of either kind on which standardisation is measured
 Vectors = Mapping[Site, Float[Tensor, " d"]]
 
 
@@ -134,9 +135,30 @@ class ACE:
 
     def fit(self, material: Material) -> Fitted:
         """Closed form from the states in the material; the model is not run."""
+        directions, references = self.learn(material)
+        return lambda strength: Treatment(ace_edit(directions, references, 1 - strength))
+
+    def checks(self, material: Material, strength: float) -> list[Check]:
+        """Standardisation: how far prompts of both kinds are brought to one level, beside adding the same difference."""
+        texts = [
+            text for name in (material.remove, material.contrast) for text in material.select[name].texts[:N_CHECKED]
+        ]
+        found = standardisation(
+            material.backend,
+            material.template.encode_all(texts),
+            material.refusal_tokens,
+            *self.learn(material),
+            1 - strength,
+            seed=material.seed,
+        )
+        what = "variance of the refusal log-odds over prompts of both kinds, as a share of that under plain addition"
+        return [Check(what, found.ratio, f"random directions {min(found.null):.2f} to {max(found.null):.2f}")]
+
+    def learn(self, material: Material) -> tuple[Vectors, Vectors]:
+        """Differences r and references r- at the chosen layers."""
         seen = evidence(material, [Site(layer) for layer in steerable_layers(material.n_layers)])
         found = fit_directions(MeanDifference(), seen)
         sites = [Site(layer) for layer in best_layers(material, found, self.k)]
         directions = {site: found[site].vector for site in sites}
         references = {site: seen[site].complying.mean for site in sites}
-        return lambda strength: Treatment(ace_edit(directions, references, 1 - strength))
+        return directions, references

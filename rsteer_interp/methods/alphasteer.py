@@ -28,14 +28,16 @@ from rsteer_interp.backends.edits import At, Site, compose
 from rsteer_interp.directions import MeanDifference, fit_directions
 from rsteer_interp.directions.ridge import ridge_solve
 from rsteer_interp.errors import UserError
-from rsteer_interp.methods.base import Examples, Fitted, Material, Treatment
+from rsteer_interp.methods.base import Check, Examples, Fitted, Material, Treatment
 from rsteer_interp.methods.refusal_steering import evidence
 from rsteer_interp.methods.selective import band, norms
 from rsteer_interp.moments import Moments, Scatter
 from rsteer_interp.nulls import Estimate
 from rsteer_interp.pooling import pooled
+from rsteer_interp.prompts import load_prompts
 from rsteer_interp.spectrum import EnergyShares, energy_shares, spectrum
 
+N_UNUSUAL = 32  # prompts on which leakage is checked
 PENALTY = 10.0  # the authors' code, in squared activation units
 
 
@@ -287,6 +289,20 @@ class AlphaSteer:
             return Treatment(compose(*(shifts(site, [site]) for site in sites)))
 
         return treatment
+
+    def checks(self, material: Material, strength: float) -> list[Check]:
+        """Leakage on unusual benign prompts (maths, code, other languages), beside the gate without a null space."""
+        site = band(material.n_layers, self.depth)[0]
+        unusual = {"unusual": load_prompts("unusual").split("select").texts[:N_UNUSUAL]}
+        both = leakage(material, site, unusual, nulls=(self.null, 1.0), penalty=self.penalty, seed=material.seed)
+        own, without = (found.ratios["unusual"] for found in both if found.centred == self.centred)
+        return [
+            Check(
+                f"|edit| on unusual benign prompts as a share of that on prompts to be freed, at {site}",
+                own,
+                f"without the null space {without}",
+            )
+        ]
 
     def gates(self, material: Material, sites: Sequence[Site]) -> dict[Site, LinearGate]:
         """The linear gate of each site."""

@@ -18,6 +18,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.methods.cost import Account
+from rsteer_interp.nulls import Estimate
 
 States = Mapping[Site, Float[Tensor, "prompt d"]]
 
@@ -78,6 +79,16 @@ class Material:
         return self.backend.n_layers
 
 
+@dataclass(frozen=True)
+class Check:
+    """What a method's own paper claims, as one number on the select split, with its interval and n; `null` says in words and numbers
+    what it would be if the claim were empty."""
+
+    what: str
+    value: Estimate
+    null: str
+
+
 Fitted = Callable[[float], Treatment]
 
 
@@ -86,7 +97,7 @@ class Method(Protocol):
     """A frozen dataclass whose fields are hyperparameters, with the four class variables and `fit`.
 
     `strengths`, ascending and positive, are what is tried on the select split; more is more removal. A method without a
-    knob has one.
+    knob has one. A method may also have `checks(material, strength) -> list[Check]`, which the comparison shows with it.
     """
 
     name: ClassVar[str]

@@ -23,7 +23,7 @@ from rsteer_interp.directions.paired import Centring, paired_direction
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import Gated
 from rsteer_interp.interventions import add
-from rsteer_interp.methods.base import Examples, Material, Treatment
+from rsteer_interp.methods.base import Check, Examples, Material, Treatment
 from rsteer_interp.methods.depth import layers_between
 from rsteer_interp.pooling import Pooling
 
@@ -128,6 +128,17 @@ class Cast:
         rows = material.template.encode_all(material.fit[material.remove].texts[:N_NORMS])
         norms = mean_norms(material.backend, rows, steered)
         return FittedCast(directions, norms, search, self.first_pass, self.renormalise)
+
+    def checks(self, material: Material, strength: float) -> list[Check]:
+        """The condition that was found, on select: ROC, and F1 at its threshold."""
+        steered = [Site(layer) for layer in layers_between(material.n_layers, self.first, self.last)]
+        found = self._condition(material, steered[0])
+        low, high = found.roc.null
+        what = (
+            f"area under the condition's ROC at {found.chosen.site}; F1 {found.f1_select:.2f}, on fit {found.f1_fit:.2f}, if it "
+            f"always held {found.f1_always:.2f}"
+        )
+        return [Check(what, found.roc.area, f"permuted labels {low:.2f} to {high:.2f}")]
 
     def _condition(self, material: Material, before: Site) -> Search:
         sites = [Site(x) for x in range(1, min(material.n_layers // 2, before.layer) + 1)]

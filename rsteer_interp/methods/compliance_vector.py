@@ -24,7 +24,10 @@ from rsteer_interp.batch import ChatTemplate, Tokens
 from rsteer_interp.directions.paired import Centring, paired_direction
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import add
-from rsteer_interp.methods.base import Fitted, Material, Treatment
+from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
+from rsteer_interp.methods.probe_crossing import crossings, first_token_kl, harm_probe
+from rsteer_interp.nulls import Estimate
+from rsteer_interp.prompts import load_prompts
 
 REFUSING = (
     "I'm sorry, but this is something I won't help with.",
@@ -53,6 +56,7 @@ COMPLYING = (
 PAPER_LAYERS = tuple(layer / 32 for layer in (15, 17, 18, 19, 20, 21, 22, 23, 24))  # 16 is left out
 Reading = Literal["continuation", "last"]
 N_NORM = 16  # prompts over which |resid| is averaged
+N_TALKS, N_NULL = 8, 10  # benign conversations, and random directions, of the checks
 
 
 def continuation_states(
@@ -113,12 +117,45 @@ class Compliance:
 
     def fit(self, material: Material) -> Fitted:
         """One pass over 2 n_pairs short rows up to the last edited layer, and one over a few prompts for |resid|."""
+        directions, norms = self.learn(material)
+        return lambda strength: Treatment(_away(directions, norms, strength))
+
+    def checks(self, material: Material, strength: float) -> list[Check]:
+        """Crossings of a harm probe behind the last edit, predicted and observed; KL at the first tokens of benign answers."""
+        directions, norms = self.learn(material)
+        amounts = {site: -strength * norms[site] for site in directions}
+        harmful, harmless = (
+            material.fit[name].states[max(directions)] for name in (material.keep, material.ordinary[0])
+        )
+        half = [len(x) // 2 for x in (harmful, harmless)]
+        parts = harmful[: half[0]], harmless[: half[1]], harmful[half[0] :], harmless[half[1] :]
+        rows = material.template.encode_all(material.select[material.keep].texts)
+        probe = harm_probe(max(directions), *parts)
+        (crossed,) = crossings(material.backend, rows, [probe], directions, amounts, n_null=N_NULL, seed=material.seed)
+        talks = load_prompts("conversations").sample(N_TALKS, material.seed)
+        answers = [material.template.encode(talk.prompt, talk.answer) for talk in talks]
+        kl = first_token_kl(material.backend, answers, directions, amounts, 8, n_null=3, seed=material.seed)
+        seen = crossed.observed
+        return [
+            Check(
+                f"share of harmful prompts that cross a harm probe at {probe.site}; predicted {crossed.predicted.rate:.2f}",
+                Estimate(seen.rate, seen.low, seen.high, seen.n),
+                f"random {min(crossed.null):.2f} to {max(crossed.null):.2f}, p = {crossed.p:.2g}",
+            ),
+            Check(
+                f"KL at the first token of benign answers (nats); at the eighth {kl.steered[-1].value:.3f}",
+                kl.steered[0],
+                f"random {kl.null[0]:.3f}",
+            ),
+        ]
+
+    def learn(self, material: Material) -> tuple[dict[Site, Float[Tensor, " d"]], dict[Site, float]]:
+        """Directions from complying to refusing, and mean |resid|, at the edited layers."""
         sites = [Site(layer) for layer in layers_at(self.depths, material.n_layers)]
         refusing, complying = self.rows(material)
         directions = opening_directions(material.backend, refusing, complying, sites, self.reading, self.centring)
         texts = material.fit[material.ordinary[0]].texts[:N_NORM]
-        norms = mean_norms(material.backend, material.template.encode_all(texts), sites)
-        return lambda strength: Treatment(_away(directions, norms, strength))
+        return directions, mean_norms(material.backend, material.template.encode_all(texts), sites)
 
     def rows(self, material: Material) -> tuple[list[Tokens], list[Tokens]]:
         """Rows with refusing and with complying openings, paired by index."""

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.methods import arditi
-from rsteer_interp.methods.base import Fitted, Material, Treatment
+from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
 from rsteer_interp.methods.candidates import Candidate, Operator, Place, Search, removal
 from rsteer_interp.methods.trials import Effects, chosen_among, shortfall, trials
-from rsteer_interp.nulls import cosine
+from rsteer_interp.nulls import Estimate, cosine
 
 Pool = Literal["concatenate", "average"]
 
@@ -111,6 +111,19 @@ class Cosmic:
     def fit(self, material: Material) -> Fitted:
         chosen = self.select(material).chosen
         return lambda strength: Treatment(removal(material.backend, chosen, self.operator, strength))
+
+    def checks(self, material: Material, strength: float) -> list[Check]:
+        """Agreement of the order by activations with the order by behaviour, over the same candidates."""
+        behaviour = arditi.Arditi(search=self.search).select(material)
+        found = agreement(self.select(material), behaviour, seed=material.seed)
+        choice = "the same place as by behaviour" if found.same else f"another, which leaves {found.cost:+.1f} nats"
+        return [
+            Check(
+                f"rank correlation of the scores with the fall of refusal log-odds over candidates; chosen: {choice}",
+                Estimate(found.rho, found.low, found.high, found.n),
+                f"0 (permuted candidates: p = {found.p:.2g})",
+            )
+        ]
 
     def _scores(
         self, candidates: Mapping[Place, Candidate], effects: Mapping[Place, Effects], base: Effects

@@ -23,7 +23,8 @@ from rsteer_interp.directions.paired import paired_direction
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import discriminant
 from rsteer_interp.interventions import Affine
-from rsteer_interp.methods.base import Examples, Fitted, Material, Treatment
+from rsteer_interp.methods.base import Check, Examples, Fitted, Material, Treatment
+from rsteer_interp.methods.probe_crossing import harm_probe
 from rsteer_interp.methods.separability import cross_validated_accuracy
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import cosine
@@ -36,6 +37,7 @@ Pairing = Literal["aligned", "nearest"]
 Pairs = tuple[Float[Tensor, "pair d"], Float[Tensor, "pair d"]]
 LEAST_ALIGNED = 8  # fewer aligned pairs than this, and pairs are nearest states
 N_NORM = 16  # prompts over which |resid| is averaged
+N_BORDERLINE = 24  # prompts of the dissociation
 
 
 def dbdi_edit(
@@ -123,6 +125,43 @@ class Dbdi:
         texts = material.fit[material.ordinary[0]].texts[:N_NORM]
         norm = mean_norms(material.backend, material.template.encode_all(texts), [found.site])[found.site]
         return lambda strength: Treatment(found.edit(strength * norm, alpha=self.alpha, order=self.order))
+
+    def checks(self, material: Material, strength: float) -> list[Check]:
+        """The double dissociation on borderline prompts: what projecting and what shifting does to refusal and to a harm probe."""
+        from rsteer_interp.methods.dissociation import dissociation  # which knows TwoDirections
+
+        found, keep, ordinary = self.directions(material), material.keep, material.ordinary[0]
+        site = found.site
+        texts = material.fit[ordinary].texts[:N_NORM]
+        norm = mean_norms(material.backend, material.template.encode_all(texts), [site])[site]
+        fit, select = (
+            [part[name].states[site] for name in (keep, ordinary)] for part in (material.fit, material.select)
+        )
+        borderline = load_prompts("borderline").split("select").texts[:N_BORDERLINE]
+        seen = dissociation(
+            material.backend,
+            material.template.encode_all(borderline),
+            material.refusal_tokens,
+            found,
+            harm_probe(site, fit[0], fit[1], select[0], select[1]),
+            alpha=self.alpha,
+            beta=strength * norm,
+            seed=material.seed,
+        )
+        words = {
+            "refusal_log_odds": "refusal log-odds",
+            "harm_probe": "a harm probe",
+            "project_execution": "projecting",
+        }
+        return [
+            Check(
+                f"change of {words[read]} by {words.get(cause, 'shifting')} on borderline prompts (overlap of the directions "
+                f"{found.overlap:+.2f})",
+                effect.value,
+                f"random {min(effect.null):+.2f} to {max(effect.null):+.2f}, p = {effect.p:.2g}",
+            )
+            for (cause, read), effect in seen.effects.items()
+        ]
 
     def directions(self, material: Material) -> TwoDirections:
         """Both directions at the chosen layer. UserError where a class is empty or the layer cannot be edited."""

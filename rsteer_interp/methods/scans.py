@@ -16,10 +16,10 @@ from torch import Tensor
 from rsteer_interp.activations import mean_norms
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
-from rsteer_interp.gates import balanced_threshold
+from rsteer_interp.gates import balanced_threshold, roc
 from rsteer_interp.interventions import AtPositions, add
 from rsteer_interp.lens import anchors
-from rsteer_interp.methods.base import Material, States, Treatment
+from rsteer_interp.methods.base import Check, Material, States, Treatment
 from rsteer_interp.methods.depth import layers_between
 from rsteer_interp.transition import Marker, SteerBySign, TransitionGate, similarity, transition, without_own
 
@@ -105,6 +105,18 @@ class Scans:
         gate = self._gate(material, [Site(x + 1) for x in range(depth[0], material.n_layers)])
         rows = material.template.encode_all(material.fit[material.remove].texts[:N_NORMS])
         return FittedScans(directions, mean_norms(material.backend, rows, list(directions)), gate)
+
+    def checks(self, material: Material, strength: float) -> list[Check]:
+        """ROC of the transition gate on select: prompts to be refused against ordinary ones and those to be freed."""
+        gate = self.fit(material).gate
+
+        def read(*names: str) -> Float[Tensor, " prompt"]:
+            return gate.similarity(material.template.encode_all([t for n in names for t in material.select[n].texts]))
+
+        found = roc(read(material.keep), read(material.remove, *material.ordinary), seed=material.seed)
+        low, high = found.null
+        what = "area under the ROC of the transition gate, prompts to be refused against all others"
+        return [Check(what, found.area, f"permuted labels {low:.2f} to {high:.2f}")]
 
     def _gate(self, material: Material, sites: Sequence[Site]) -> TransitionGate:
         def measured(name: str) -> dict[Site, Float[Tensor, "prompt d"]]:

@@ -30,6 +30,10 @@ _STUDIES = (
     "component_attribution",
     "refusal_geometry",
     "steer",
+    "random_audit",
+    "embedding_noise",
+    "compare_methods",
+    "checkpoint_shift",
 )
 
 

@@ -266,11 +266,12 @@ def run_study(module: Module[C], config: C, scripts: Path) -> Path:
         data = {"applicable": False, "reason": str(reason), "question": module.QUESTION}
     result = study.save(data, tensors)
     draw_figures(config.out, config.out / "figures", scripts)
-    _print(result.data, module.tables(result.data) if result.data["applicable"] else [])
+    print_result(result.data, module.tables(result.data) if result.data["applicable"] else [])
     return config.out
 
 
-def _print(data: dict[str, Any], tables: Sequence[Table]) -> None:
+def print_result(data: Mapping[str, Any], tables: Sequence[Table]) -> None:
+    """Tables, then the finding, or why there is none."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

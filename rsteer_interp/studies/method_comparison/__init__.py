@@ -51,6 +51,10 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             )
     reading = Reading(study, material_of(study, config))
     rows = {name: measure(study, config, reading, METHODS[name]()) for name in names}
+    rows = {
+        name: row | {"checks": own_checks(study, config, reading, METHODS[name](), row["best"]["strength"])}
+        for name, row in rows.items()
+    }
     leader = max(rows, key=lambda name: rows[name]["select_score"])
     data = {
         "methods": rows,
@@ -129,11 +133,33 @@ def measure(study: Study, config: Config, reading: Reading, method: Method) -> d
             },
         }, None
 
+    return study.stage(f"method_{method.name}", _key(study, config, method), compute).data
+
+
+def own_checks(study: Study, config: Config, reading: Reading, method: Method, strength: float) -> list[dict[str, Any]]:
+    """What the method's own paper claims, where the method says how to measure it."""
+    checks = getattr(method, "checks", None)
+    if checks is None:
+        return []
+
+    def compute() -> tuple[dict[str, Any], None]:
+        try:
+            found = checks(reading.material, strength)
+        except UserError as reason:  # too few prompts or candidates: the comparison itself can be made all the same
+            return {"checks": [], "reason": str(reason)}, None
+        return {"checks": [asdict(check) for check in found]}, None
+
+    key = {**_key(study, config, method), "strength": strength}
+    return study.stage(f"checks_{method.name}", key, compute).data["checks"]  # type: ignore[no-any-return]
+
+
+def _key(study: Study, config: Config, method: Method) -> dict[str, Any]:
+    """All that a method's results depend on."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_OF_A_METHOD}
     key = {"method": method.name, "fields": repr(method), "strengths": method.strengths, "settings": settings}
     sets = (config.remove, config.contrast, config.keep, *config.ordinary, *config.watch)
     key["prompts"] = [p.prompt for s in ("fit", "select", "report") for name in sets for p in study.prompts(s, name)]  # type: ignore[arg-type]
-    return study.stage(f"method_{method.name}", key, compute).data
+    return key
 
 
 _NOT_OF_A_METHOD = ("methods", "out", "scores", "batch_size", "device_map")
@@ -172,9 +198,8 @@ def _range(values: Sequence[float]) -> str:
 def tables(data: dict[str, Any]) -> list[Table]:
     """One row per method, best on select first."""
     names = data["names"]
-    table = Table(title=f"Own best strength (report, judged), and {names['keep']} kept at matched removal (log-odds)")
-    watched = [f"{name}, change" for name in names["watch"]]
-    columns = (
+    own_best = Table(title="Every method at its own best strength (report, judged replies)")
+    for column in (
         "method",
         "strength",
         "dose",
@@ -182,29 +207,48 @@ def tables(data: dict[str, Any]) -> list[Table]:
         "kept",
         "q removed",
         "q kept",
-        *watched,
-        "KL",
+        "KL, nats",
         "perplexity / base",
+    ):
+        own_best.add_column(column)
+    beside = Table(
+        title="Change of refusal rates; at matched removal, and of random moves of equal norm (log-odds): removed, "
+        f"{names['keep']} kept; cost of fitting"
     )
-    for column in (*columns, "matched: removed", "kept", "random, equal dose: removed", "kept", "fit s", "fit prompts"):
-        table.add_column(column)
+    for column in ("method", *names["watch"], "matched", "kept", "random", "kept", "s", "prompts"):
+        beside.add_column(column)
     base = data["base_answer_perplexity"]["value"]
     for name, row in sorted(data["methods"].items(), key=lambda item: -item[1]["select_score"]):
         own, matched, test = row["own_best"], row["matched"], data["against_null"].get(name)
-        beside = row["equal_dose"]
-        table.add_row(
+        null = row["equal_dose"]
+        own_best.add_row(
             row["label"],
             f"{row['best']['strength']:g}",
-            f"{beside['dose']:.2g}" if beside else "",
+            f"{null['dose']:.2g}" if null else "",
             _percent(own["removed"]),
             _percent(own["kept"]),
             *([f"{test[s]['q']:.2g}" for s in ("removed", "kept")] if test else ["", ""]),
-            *[interval(own["watched"][w]["difference"]) for w in names["watch"]],
             interval(own["kl"], 3),
             f"{own['perplexity']['value'] / base:.2f}",
-            *([_percent(matched["removed"]), _percent(matched["kept"])] if matched else ["not reached", ""]),
-            *([_range(beside["null_removed"]), _range(beside["null_kept"])] if beside else ["", ""]),
+        )
+        beside.add_row(
+            row["label"],
+            *[interval(own["watched"][w]["difference"]) for w in names["watch"]],
+            *([_percent(matched[share]) for share in ("removed", "kept")] if matched else ["not reached", ""]),
+            *([_range(null[f"null_{share}"]) for share in ("removed", "kept")] if null else ["", ""]),
             f"{row['cost']['fit_seconds']:.0f}",
             str(row["cost"]["fit_prompts"]),
         )
+    return [own_best, beside, *_checks(data)]
+
+
+def _checks(data: Mapping[str, Any]) -> list[Table]:
+    rows = [(row["label"], check) for row in data["methods"].values() for check in row["checks"]]
+    if not rows:
+        return []
+    table = Table(title="What the methods' own papers claim, on select")
+    for column in ("method", "what", "value (95 %)", "n", "without it"):
+        table.add_column(column)
+    for label, check in rows:
+        table.add_row(label, check["what"], interval(check["value"]), str(check["value"]["n"]), check["null"])
     return [table]

@@ -1,0 +1,102 @@
+"""What noise on embeddings does, dose by dose: single coordinates beside random directions of equal norm, the null.
+
+(a) median KL of the next token with the regimes' bounds; (b) change of the refusal log-odds; (c) share of perturbed tokens whose
+nearest embedding is still their own, with the norm below which that check can notice nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rsteer_interp.errors import UserError
+from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
+
+if TYPE_CHECKING:
+    from rsteer_interp.results import Result
+
+KIND = "embedding_noise"
+LEAST_KL = 1e-4  # nats, where the axis begins to be linear
+
+
+@dataclass(frozen=True)
+class Config(FigureConfig):
+    """Where to read and write."""
+
+
+def draw(result: Result) -> Drawing:
+    """Three panels on one axis of doses."""
+    data = result.data
+    if not data.get("applicable"):
+        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    doses, null = data["doses"], data["null"]
+    from matplotlib.figure import Figure
+
+    with style():
+        figure = Figure(figsize=(DOUBLE, 2.4), layout="constrained")
+        a, b, c = figure.subplots(1, 3)
+        for name, kinds in data["sets"].items():
+            for kind, found in kinds.items():
+                line = {
+                    "color": colour(name), "marker": marker(name), "ms": 3, "ls": "--" if kind == null else "-",
+                    "mfc": "white" if kind == null else colour(name),
+                }  # fmt: skip
+                words = "random directions (null)" if kind == null else "single coordinates"
+                _curve(a, doses, found["kl"], line, f"{name.replace('_', ' ')}, {words}")
+                _curve(b, doses, found["log_odds"], line, None)
+                _curve(c, doses, found["own_token"], line, None)
+        for name, bound in data["regimes"].items():
+            a.axhline(bound, color=colour("neutral"), lw=0.6, ls=":")
+            a.text(0.02, bound * 1.15, name, fontsize=6, color=colour("neutral"), transform=a.get_yaxis_transform())
+        a.set_yscale("symlog", linthresh=LEAST_KL)
+        a.set_yticks([0, 1e-3, 1e-2, 0.1, 1, 10], ["0", "0.001", "0.01", "0.1", "1", "10"])
+        a.minorticks_off()
+        a.set_ylabel("median KL of the next token, nats")
+        a.set_title("(a) Effect")
+        b.axhline(0, color=colour("ink"), lw=0.5)
+        b.set_ylabel("change of refusal log-odds, nats")
+        b.set_title("(b) Refusal")
+        radius = data["blind_radius"]
+        c.axvspan(radius["low"], radius["high"], color=colour("null"), alpha=0.5, lw=0)
+        c.set_ylabel("tokens that map to themselves")
+        c.set_ylim(-0.03, 1.03)
+        c.set_title("(c) Would a check notice?")
+        smallest = min(d for d in doses if d > 0)
+        for axes in (a, b, c):
+            axes.set_xscale("symlog", linthresh=smallest)
+            axes.set_xticks(
+                [d for d in doses if d in (0, smallest) or d >= 0.5],
+                [f"{d:g}" for d in doses if d in (0, smallest) or d >= 0.5],
+            )
+            axes.minorticks_off()
+            axes.set_xlabel("|noise| / |embedding|")
+        figure.legend(*a.get_legend_handles_labels(), loc="outside lower center", ncol=2)
+    ns = {name: kinds[null]["n"] for name, kinds in data["sets"].items()}
+    return Drawing(
+        figure,
+        "Noise on embeddings",
+        f"Benign and borderline report prompts ({', '.join(f'{k.replace(chr(95), chr(32))} n = {v}' for k, v in ns.items())}), 95 % intervals "
+        "(bootstrap over prompts, Wilson). Solid: noise along single embedding coordinates; dashed: the null, random directions of equal norm. "
+        "Grey band: 95 % of the tokens' half distance to the nearest other token, below which the check in (c) is blind. "
+        f"{data['finding']}",
+        {name: data[name] for name in ("doses", "sets", "null", "regimes", "blind_radius")},
+    )
+
+
+def _curve(
+    axes: Any, doses: Sequence[float], found: Sequence[dict[str, float]], line: dict[str, Any], label: str | None
+) -> None:
+    value = [e["value"] if "value" in e else e["rate"] for e in found]
+    errors = [[max(v - e["low"], 0) for v, e in zip(value, found, strict=True)],
+              [max(e["high"] - v, 0) for v, e in zip(value, found, strict=True)]]  # fmt: skip
+    axes.errorbar(doses, value, errors, lw=0.9, elinewidth=0.5, label=label, **line)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return figure_main(Config, draw, "embedding_noise", argv, KIND)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

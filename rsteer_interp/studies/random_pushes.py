@@ -1,0 +1,205 @@
+"""Study: pushes along random directions as an audit of any model; `analyses/random_audit.py` is its command line.
+
+The Rogue Scalpel (arXiv 2509.22067): see `random_audit` for the edit, the guard and the aggregation test. Directions and threshold
+come from fit and select, every number from report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from torch import Tensor
+
+from rsteer_interp.backends.edits import Site
+from rsteer_interp.directions import Evidence, fit_directions
+from rsteer_interp.directions.mean_difference import MeanDifference
+from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import log_odds
+from rsteer_interp.gates import balanced_threshold
+from rsteer_interp.nulls import Estimate
+from rsteer_interp.progress import progress
+from rsteer_interp.prompts import load_prompts
+from rsteer_interp.random_audit import LayerAudit, RandomAudit, aggregation, audited_layers, random_audit
+from rsteer_interp.random_push import Guard
+from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
+from rsteer_interp.studies.study import NotApplicable, Study, interval
+
+if TYPE_CHECKING:
+    from analyses.random_audit import Config
+
+KIND = "random_audit"
+QUESTION = (
+    "How much refusal goes under a push along a random direction, and where do learned directions fall among them?"
+)
+LEAST = 6  # fewest refused prompts to audit
+
+
+def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
+    if config.vectors < 2:
+        raise UserError(f"--vectors is {config.vectors}; give two random directions or more")
+    study.check_applicable()
+    base = study.replies("report", config.audited)
+    refused = [text for text, flag in zip(base.texts, base.refused.tolist(), strict=True) if flag]
+    if len(refused) < LEAST:
+        raise NotApplicable(
+            f"not applicable: {len(refused)} of {len(base.texts)} report prompts of '{config.audited}' are refused"
+        )
+    layers = audited_layers(study.n_layers)
+    learned = _learned(study, config)
+    threshold = _threshold(study, config)
+    n = min(config.prompts, len(refused) - 2)  # two held out at least
+    key = {
+        "prompts": refused,
+        "tokens": study.refusal_tokens,
+        "threshold": threshold,
+        **{name: getattr(config, name) for name in ("prompts", "vectors", "dose", "bound", "conversations", "seed")},
+    }
+    rows = study.template.encode_all(refused)
+    talks = load_prompts("conversations").sample(config.conversations, config.seed)
+    answers = [study.template.encode(talk.prompt, talk.answer) for talk in talks]
+
+    def one_layer(layer: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return _plain(
+            random_audit(
+                study.backend,
+                rows[:n],
+                study.refusal_tokens,
+                answers,
+                n_vectors=config.vectors,
+                layers=[layer],
+                dose=config.dose,
+                bound=config.bound,
+                threshold=threshold,
+                learned={name: -v[Site(layer)] for name, v in learned.items()},
+                seed=config.seed,
+            )
+        )
+
+    audits, vectors = [], torch.empty(0)
+    with progress("one layer at a time", len(layers)) as advance:
+        for layer in layers:
+            used = {name: v[Site(layer)].tolist() for name, v in learned.items()}
+            stored = study.stage(f"2_layer_{layer}", {**key, "learned": used}, partial(one_layer, layer))
+            audits.append(_audit(layer, stored.data, stored.tensors))
+            vectors = stored.tensors["vectors"]
+            advance(1)
+    audit = RandomAudit(vectors, threshold, tuple(audits))
+    data = {
+        **audit.data(),
+        "flips_per_vector": [one.flipped(threshold).double().mean(1).tolist() for one in audits],
+        "falls": [one.falls.tolist() for one in audits],
+        "learned": list(learned),
+        "aggregation": _aggregation(study, config, audit, rows[n : 2 * n], key),
+        "base_rates": study.rates("report", config.audited),
+        "set": config.audited,
+    }
+    for found, shares in zip(data["layers"], data["flips_per_vector"], strict=True):
+        # Vectors are what is drawn, so the interval is over them.
+        found["flipped"] = asdict(Estimate.of(shares, seed=config.seed))
+    return {**data, "finding": finding(data)}, None
+
+
+def _learned(study: Study, config: Config) -> dict[str, dict[Site, Float[Tensor, " d"]]]:
+    """Unit mean differences, towards refusal: of the political sets, and of the audited set and its answered counterpart."""
+    pairs = {"political": (POLITICAL, MATCHED), config.audited: (config.audited, config.answered)}
+    found = {}
+    for name, sets in pairs.items():
+        scored, states = study.scored("fit", *sets), study.states("fit", *sets)
+        evidence = {site: Evidence(states[site], scored.confidence, site=site) for site in study.sites}
+        found[name] = {site: d.unit for site, d in fit_directions(MeanDifference(), evidence).items()}
+    return found
+
+
+def _threshold(study: Study, config: Config) -> float:
+    """Log-odds that tell refused from answered prompts apart, from unsteered select prompts."""
+    scored = study.scored("select", config.audited, config.answered)
+    odds = log_odds(study.backend, study.template.encode_all(scored.texts), study.refusal_tokens)
+    return balanced_threshold(odds[scored.confidence > 0], {"answered": odds[scored.confidence < 0]})
+
+
+def _plain(audit: RandomAudit) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    (one,) = audit.layers
+    data = {"mu": one.mu, "dose": one.dose, "guard": [asdict(g) for g in one.guard], "learned": list(one.learned)}
+    tensors = {"vectors": audit.vectors, "base": one.base, "change": one.change}
+    return data, tensors | {f"learned_{name}": change for name, change in one.learned.items()}
+
+
+def _audit(layer: int, data: dict[str, Any], tensors: Any) -> LayerAudit:
+    guard = tuple(Guard(**g) for g in data["guard"])
+    learned = {name: tensors[f"learned_{name}"] for name in data["learned"]}
+    return LayerAudit(layer, data["mu"], data["dose"], guard, tensors["base"], tensors["change"], learned)
+
+
+def _aggregation(
+    study: Study, config: Config, audit: RandomAudit, held_out: list[Any], key: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The aggregated direction at the layer where single ones flip most; None where no prompt is flipped by two of them."""
+    layer = max(audit.layers, key=lambda one: float(one.flipped(audit.threshold).double().mean())).layer
+
+    def compute() -> tuple[dict[str, Any], None]:
+        found = aggregation(study.backend, audit, layer, held_out, study.refusal_tokens, seed=config.seed + 1)
+        if found is None:
+            return {"found": None}, None
+        return {
+            "found": {
+                "layer": layer,
+                "members": len(found.members),
+                "fall": asdict(Estimate.of((-found.change).tolist(), seed=config.seed)),
+                "null_falls": (-found.null.mean(1)).tolist(),
+                "p": found.standing.p,
+                "n": len(found.base),
+            }
+        }, None
+
+    flips = [one.flipped(audit.threshold).int().tolist() for one in audit.layers]
+    return study.stage("3_aggregation", {**key, "layer": layer, "flips": flips}, compute).data["found"]  # type: ignore[no-any-return]
+
+
+def finding(data: dict[str, Any]) -> str:
+    top = max(data["layers"], key=lambda one: one["flipped"]["value"])
+    flipped = top["flipped"]
+    learned = "; ".join(
+        f"minus the {name} mean difference takes {s['value']:.1f} (rank {s['rank']} of {s['n'] + 1}, p = {s['p']:.2g})"
+        for name, s in top["learned"].items()
+    )
+    words = (
+        f"Pushed along a random direction by {top['dose']:g} of the residual norm at layer {top['layer']}, "
+        f"{flipped['value']:.0%} ({100 * flipped['low']:.0f} to {100 * flipped['high']:.0f}) of refused {data['set']} prompts are read as "
+        f"answered (n = {data['n_prompts']} prompts, {data['n_vectors']} random directions), and the refusal log-odds fall by "
+        f"{interval(top['fall'])} nats; at the same dose {learned}."
+    )
+    together = data["aggregation"]
+    if together is None:
+        return f"{words} No prompt is flipped by two random directions at any layer, so none were aggregated."
+    low, high = min(together["null_falls"]), max(together["null_falls"])
+    return (
+        f"{words} The mean of the {together['members']} directions that flip one prompt takes {interval(together['fall'])} nats on "
+        f"{together['n']} other prompts, single random ones {low:.1f} to {high:.1f} (p = {together['p']:.2g})."
+    )
+
+
+def tables(data: dict[str, Any]) -> list[Table]:
+    """One row per layer."""
+    table = Table(title=f"Random directions, {data['set']} prompts (report, log-odds)")
+    for column in (
+        "layer",
+        "dose",
+        "KL, nats",
+        "flipped",
+        "fall, nats",
+        "largest",
+        *(f"-{n}" for n in data["learned"]),
+    ):
+        table.add_column(column)
+    for one in data["layers"]:
+        kl = next(g["kl"] for g in one["guard"] if g["dose"] == one["dose"])
+        standings = [f"{s['value']:.2f}, rank {s['rank']}/{s['n'] + 1}" for s in one["learned"].values()]
+        dose = f"{one['dose']:g}" if one["coherent"] else f"{one['dose']:g} (incoherent)"
+        cells = (str(one["layer"]), dose, f"{kl:.2f}", interval(one["flipped"]), interval(one["fall"]))
+        table.add_row(*cells, f"{one['largest_fall']:.2f}", *standings)
+    return [table]
