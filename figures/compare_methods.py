@@ -63,7 +63,7 @@ def draw(result: Result) -> Drawing:
             axes.set_xlim(-0.04, 1.04)
             axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         every[4].set_xscale("symlog", linthresh=0.01)
-        every[4].set_xticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+        every[4].set_xticks([0, 0.1, 1], ["0", "0.1", "1"])
         every[4].minorticks_off()
     n = data["n"]
     return Drawing(
