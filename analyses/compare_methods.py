@@ -2,8 +2,10 @@
 
 1 scores      judged unsteered replies and states of every prompt (shared with the other studies)
 2 per method  fitted on fit; every strength tried on select (log-odds; KL on benign answers); its own best strength, and the one
-              that removes as much as the others, on select; judged replies, KL and perplexity on report
-3 together    paired tests against random directions and against the best on select; one table, one figure
+              that removes as much as the others, on select; judged replies, KL and perplexity on report; beside it, random
+              moves as large as its own at every state
+3 checks      what the method's own paper claims (a ROC, a rank correlation, a leakage, ...), where the method says how
+4 together    paired tests against random directions and against the best on select; tables, one figure
 
 A system prompt asking for openness, one asking for safety, a neutral one and random directions are methods like the others.
 """

@@ -34,7 +34,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_log_probs, log_odds
 from rsteer_interp.nulls import Estimate, Rate, cosine, random_unit_vectors
 from rsteer_interp.progress import progress
-from rsteer_interp.prompts import PromptSet, Split, load_prompts
+from rsteer_interp.prompts import Split, load_prompts
 from rsteer_interp.results import Provenance, save_result
 from rsteer_interp.vector_controls import opening_token_ids
 from rsteer_interp.vector_formats import load_vectors
@@ -172,9 +172,7 @@ def _prompts(config: Config, backend: Backend, split: Split, n: int, token_ids: 
     template = backend.template()
     names = dict.fromkeys((config.refused, config.kept, config.answered))
     rows = {k: template.encode_all(load_prompts(k).split(split).sample(n, config.seed).texts) for k in names}
-    loaded = load_prompts("conversations")
-    free = PromptSet(loaded.name, tuple(p.model_copy(update={"split": None}) for p in loaded))  # its own splits are one
-    talks = free.split(split).sample(config.conversations, config.seed)
+    talks = load_prompts("conversations").unsplit.split(split).sample(config.conversations, config.seed)
     base = {name: log_odds(backend, own, token_ids) for name, own in rows.items()}
     return Prompts(rows, base, [template.encode(p.prompt, p.answer) for p in talks], token_ids)
 

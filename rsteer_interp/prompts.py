@@ -77,6 +77,11 @@ class PromptSet:
         """Hash of the prompts' text and order, for provenance."""
         return hashlib.blake2b("\0".join(self.texts).encode(), digest_size=8).hexdigest()
 
+    @property
+    def unsplit(self) -> PromptSet:
+        """The same prompts without splits of their own, so that `split` goes by subject."""
+        return PromptSet(self.name, tuple(p.model_copy(update={"split": None}) for p in self.prompts))
+
     def split(self, split: Split) -> PromptSet:
         """The prompts of one split; sets without splits of their own are split by a hash of the subject."""
         chosen = tuple(p for p in self.prompts if (p.split or _split_of(p.subject, self.prompts)) == split)

@@ -56,12 +56,11 @@ class Context:
 
     def conversations(self, part: Split, n: int) -> PromptSet:
         """Benign conversations; the finder and the report use different ones (split by subject)."""
-        loaded = load_prompts("conversations")
-        free = PromptSet(loaded.name, tuple(p.model_copy(update={"split": None}) for p in loaded))
+        free = load_prompts("conversations").unsplit
         if part == "report":
             return free.split("report").sample(n, self.seed)
         kept = free.split("fit").prompts + free.split("select").prompts
-        return PromptSet(loaded.name, kept).sample(n, self.seed)
+        return PromptSet(free.name, kept).sample(n, self.seed)
 
     def encode(self, prompts: Sequence[Prompt] | PromptSet) -> list[Tokens]:
         """Token rows; a conversation's answer is appended to its prompt."""

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.methods import METHODS, Examples, Material, Method
-from rsteer_interp.prompts import PromptSet, load_prompts
+from rsteer_interp.prompts import Prompt, Split, load_prompts
 from rsteer_interp.studies.method_comparison.equal_dose import equal_dose
 from rsteer_interp.studies.method_comparison.outcomes import (
     against,
@@ -93,26 +93,19 @@ def material_of(study: Study, config: Config) -> Material:
     )
 
 
-def conversations(split: Any, n: int, seed: int) -> PromptSet:
-    """Benign conversations; strengths are chosen on other ones than those that are reported."""
-    loaded = load_prompts("conversations")
-    free = PromptSet(loaded.name, tuple(p.model_copy(update={"split": None}) for p in loaded))
-    return free.split(split).sample(n, seed)
-
-
 def measure(study: Study, config: Config, reading: Reading, method: Method) -> dict[str, Any]:
     """Everything about one method, as plain data."""
 
     def compute() -> tuple[dict[str, Any], None]:
         fitted, fit_cost = reading.material.account.charged(lambda: method.fit(reading.material))
         begin = time.perf_counter()
-        talks = list(conversations("select", config.conversations // 2, config.seed))
+        talks = _talks("select", config.conversations // 2, config.seed)
         trials = try_strengths(reading, fitted, method.strengths, talks, config.screened)
         chosen = choose(trials, target=config.target, bound=config.bound)
         treatment = fitted(chosen.best.strength)
         score = judged_score(reading, treatment, method.name, config.screened)
         select_seconds = time.perf_counter() - begin
-        talks = list(conversations("report", config.conversations, config.seed))
+        talks = _talks("report", config.conversations, config.seed)
         own = at_own_best(reading, treatment, method.name, talks, config)
         matched = at_matched_removal(reading, fitted, chosen, config.judged)
         beside = equal_dose(reading, treatment, config.screened, config.draws, config.seed)
@@ -134,6 +127,11 @@ def measure(study: Study, config: Config, reading: Reading, method: Method) -> d
         }, None
 
     return study.stage(f"method_{method.name}", _key(study, config, method), compute).data
+
+
+def _talks(split: Split, n: int, seed: int) -> list[Prompt]:
+    """Benign conversations; strengths are chosen on other ones than those that are reported."""
+    return list(load_prompts("conversations").unsplit.split(split).sample(n, seed))
 
 
 def own_checks(study: Study, config: Config, reading: Reading, method: Method, strength: float) -> list[dict[str, Any]]:
