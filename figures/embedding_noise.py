@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rsteer_interp.errors import UserError
 from rsteer_interp.report.drawing import FigureConfig, figure_main
 from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
@@ -35,7 +37,7 @@ def draw(result: Result) -> Drawing:
     from matplotlib.figure import Figure
 
     with style():
-        figure = Figure(figsize=(DOUBLE, 2.4), layout="constrained")
+        figure = Figure(figsize=(DOUBLE, 3.1), layout="constrained")
         a, b, c = figure.subplots(1, 3)
         for name, kinds in data["sets"].items():
             for kind, found in kinds.items():
@@ -49,28 +51,24 @@ def draw(result: Result) -> Drawing:
                 _curve(c, doses, found["own_token"], line, None)
         for name, bound in data["regimes"].items():
             a.axhline(bound, color=colour("neutral"), lw=0.6, ls=":")
-            a.text(0.02, bound * 1.15, name, fontsize=6, color=colour("neutral"), transform=a.get_yaxis_transform())
+            a.text(0.02, bound * 1.1, name, fontsize=6, color=colour("neutral"), transform=a.get_yaxis_transform())
         a.set_yscale("symlog", linthresh=LEAST_KL)
+        a.set_ylim(0, 20)
         a.set_yticks([0, 1e-3, 1e-2, 0.1, 1, 10], ["0", "0.001", "0.01", "0.1", "1", "10"])
         a.minorticks_off()
-        a.set_ylabel("median KL of the next token, nats")
-        a.set_title("(a) Effect")
+        a.set_ylabel("median KL, nats")
+        a.set_title("(a) Next token")
         b.axhline(0, color=colour("ink"), lw=0.5)
-        b.set_ylabel("change of refusal log-odds, nats")
-        b.set_title("(b) Refusal")
+        b.set_ylabel("change of log-odds, nats")
+        b.set_title("(b) Refusal opening")
         radius = data["blind_radius"]
-        c.axvspan(radius["low"], radius["high"], color=colour("null"), alpha=0.5, lw=0)
-        c.set_ylabel("tokens that map to themselves")
+        edges = [_place(doses, radius[end]) for end in ("low", "high")]
+        c.axvspan(*edges, color=colour("null"), alpha=0.5, lw=0)
+        c.set_ylabel("share of tokens")
         c.set_ylim(-0.03, 1.03)
-        c.set_title("(c) Would a check notice?")
-        smallest = min(d for d in doses if d > 0)
+        c.set_title("(c) Map to themselves")
         for axes in (a, b, c):
-            axes.set_xscale("symlog", linthresh=smallest)
-            axes.set_xticks(
-                [d for d in doses if d in (0, smallest) or d >= 0.5],
-                [f"{d:g}" for d in doses if d in (0, smallest) or d >= 0.5],
-            )
-            axes.minorticks_off()
+            axes.set_xticks(range(len(doses)), [f"{d:g}" for d in doses])
             axes.set_xlabel("|noise| / |embedding|")
         figure.legend(*a.get_legend_handles_labels(), loc="outside lower center", ncol=2)
     ns = {name: kinds[null]["n"] for name, kinds in data["sets"].items()}
@@ -85,13 +83,18 @@ def draw(result: Result) -> Drawing:
     )
 
 
+def _place(doses: Sequence[float], dose: float) -> float:
+    """Where a dose stands on an axis that has the doses at 0, 1, 2, ..."""
+    return float(np.interp(dose, doses, range(len(doses))))
+
+
 def _curve(
     axes: Any, doses: Sequence[float], found: Sequence[dict[str, float]], line: dict[str, Any], label: str | None
 ) -> None:
     value = [e["value"] if "value" in e else e["rate"] for e in found]
     errors = [[max(v - e["low"], 0) for v, e in zip(value, found, strict=True)],
               [max(e["high"] - v, 0) for v, e in zip(value, found, strict=True)]]  # fmt: skip
-    axes.errorbar(doses, value, errors, lw=0.9, elinewidth=0.5, label=label, **line)
+    axes.errorbar(range(len(doses)), value, errors, lw=0.9, elinewidth=0.5, label=label, **line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

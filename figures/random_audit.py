@@ -36,7 +36,7 @@ def draw(result: Result) -> Drawing:
     from matplotlib.figure import Figure
 
     with style():
-        figure = Figure(figsize=(DOUBLE, 2.5), layout="constrained")
+        figure = Figure(figsize=(DOUBLE, 2.7), layout="constrained")
         a, b, c = figure.subplots(1, 3, width_ratios=(1.5, 1.2, 0.8))
         for x, (one, falls, flips) in enumerate(zip(layers, data["falls"], data["flips_per_vector"], strict=True)):
             _points(a, x, falls, "random direction" if x == 0 else None)
@@ -53,7 +53,7 @@ def draw(result: Result) -> Drawing:
             axes.set_xlim(-0.5, len(names) - 0.4)
             axes.set_xlabel("layer, |push| / |resid|")
         a.axhline(0, color=colour("ink"), lw=0.5)
-        a.set_ylabel("fall of refusal log-odds, nats")
+        a.set_ylabel("fall of log-odds, nats")
         a.set_title("(a) Random and learned")
         a.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncol=2)
         b.set_ylabel("share of prompts flipped")
@@ -74,7 +74,7 @@ def draw(result: Result) -> Drawing:
             c.axhline(0, color=colour("ink"), lw=0.5)
             c.set_xticks([0, 1], ["single", f"mean of {together['members']}"])
             c.set_xlim(-0.5, 1.5)
-            c.set_ylabel("fall on other prompts, nats")
+            c.set_ylabel("fall, other prompts, nats")
     return Drawing(
         figure,
         "Refusal under random pushes",

@@ -198,7 +198,8 @@ def tables(data: dict[str, Any]) -> list[Table]:
         table.add_column(column)
     for one in data["layers"]:
         kl = next(g["kl"] for g in one["guard"] if g["dose"] == one["dose"])
-        standings = [f"{s['value']:.2f}, rank {s['rank']}/{s['n'] + 1}" for s in one["learned"].values()]
+        found = [one["learned"][name] for name in data["learned"]]
+        standings = [f"{s['value']:.2f}, rank {s['rank']}/{s['n'] + 1}" for s in found]
         dose = f"{one['dose']:g}" if one["coherent"] else f"{one['dose']:g} (incoherent)"
         cells = (str(one["layer"]), dose, f"{kl:.2f}", interval(one["flipped"]), interval(one["fall"]))
         table.add_row(*cells, f"{one['largest_fall']:.2f}", *standings)
