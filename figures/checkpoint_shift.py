@@ -54,7 +54,7 @@ def draw(result: Result) -> Drawing:
         a.set_xlabel("share of the shift's energy")
         a.set_ylabel("dimensions needed")
         a.set_title(f"(a) Effective rank, layer {last['layer']}")
-        a.legend(loc="upper left", fontsize=6)
+        a.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=6)
         for i, one in enumerate(shifted):
             shares = one["shift"]["spectra"]["identity"]["shares"][:SHOWN]
             grey = 0.75 * (1 - i / max(len(shifted) - 1, 1))
@@ -72,6 +72,9 @@ def draw(result: Result) -> Drawing:
         b.set_ylabel("share of the energy")
         b.set_title("(b) Spectra of Y - X")
         b.legend(loc="upper right")
+        for axes in (a, b):
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
     return Drawing(
         figure,
         "The shift between two checkpoints",
