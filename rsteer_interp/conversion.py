@@ -29,7 +29,7 @@ _SIGNS: dict[str, Sign | None] = {"stated": None, "refusing": 1, "complying": -1
 
 
 def convert(config: Config) -> Path | None:
-    """Read `config.source`, run the controls where asked for, and write `config.out`; returns it."""
+    """Read `config.source`, write `config.out` and run the controls where asked for; returns `config.out`."""
     if config.check and config.model is None:
         raise UserError("the controls need a model; give it with --model, or leave out --check")
     backend = None if config.model is None else _backend(config, config.model)
@@ -44,13 +44,12 @@ def convert(config: Config) -> Path | None:
         strength=config.strength,
     )
     Console().print(_summary(steering))
-    found = None
+    if config.out is not None:  # before the controls, which take a while: a format may not be able to say all of it
+        _write(config, config.out, steering, backend)
     if config.check and backend is not None:
         found = run_controls(config, backend, steering)
         Console().print(found.table())
-    if config.out is not None:
-        _write(config, config.out, steering, backend)
-        if found is not None:
+        if config.out is not None:
             record = Provenance.collect(backend, config=config)
             save_result(config.out.with_name(f"{config.out.name}.controls"), KIND, found.record(), provenance=record)
     return config.out
