@@ -50,7 +50,7 @@ class Config:
 
 def run(config: Config) -> Path:
     """Read both, compare, write the result folder and its figure, print the table; returns the folder."""
-    from rsteer_interp.studies.shift_between import run_shift
+    from rsteer_interp.studies.checkpoint_shift import run_shift
 
     return run_shift(config, scripts=Path(__file__).resolve().parent.parent / "figures")
 

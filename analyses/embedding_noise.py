@@ -34,10 +34,10 @@ class Config(StudyConfig):
 
 def run(config: Config) -> Path:
     """Run what is missing, write the result folder and its figure, print the table; returns the folder."""
-    from rsteer_interp.studies import embedding_doses
+    from rsteer_interp.studies import embedding_noise
     from rsteer_interp.studies.study import run_study
 
-    return run_study(embedding_doses, config, scripts=Path(__file__).resolve().parent.parent / "figures")
+    return run_study(embedding_noise, config, scripts=Path(__file__).resolve().parent.parent / "figures")
 
 
 if __name__ == "__main__":

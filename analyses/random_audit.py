@@ -39,10 +39,10 @@ class Config(StudyConfig):
 
 def run(config: Config) -> Path:
     """Run what is missing, write the result folder and its figure, print the table; returns the folder."""
-    from rsteer_interp.studies import random_pushes
+    from rsteer_interp.studies import random_audit
     from rsteer_interp.studies.study import run_study
 
-    return run_study(random_pushes, config, scripts=Path(__file__).resolve().parent.parent / "figures")
+    return run_study(random_audit, config, scripts=Path(__file__).resolve().parent.parent / "figures")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """The example on top, the spans below."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     if "attention" not in data:
         raise UserError(f"'{result.folder}' holds no attention; run analyses/component_attribution.py again")
     look = data["attention"]

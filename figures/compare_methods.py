@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 if TYPE_CHECKING:
@@ -26,9 +25,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """A forest of intervals, five panels that share their rows."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     rows, names = data["methods"], data["names"]
     order = sorted(rows, key=lambda name: -rows[name]["select_score"])
     beside = {name: rows[name]["equal_dose"] or {} for name in order}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """Heads on the left, MLPs and the test by ablation on the right."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     if "components" not in data or "ablation" not in data:
         raise UserError(f"'{result.folder}' holds no components; run analyses/component_attribution.py again")
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """Both contrasts' spectra and the agreement of halves."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     if not data.get("variance", {}).get("contrasts"):
         raise UserError(
             f"'{result.folder}' holds no differences of refused and answered prompts; give more report prompts"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """Removal by K, by dose and by side effect, and the push by K."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     if "ablation" not in data or "addition" not in data:
         raise UserError(f"'{result.folder}' holds no sweeps; run analyses/dimensionality.py again")
     everywhere, pushed = data["ablation"]["all"], data["addition"]

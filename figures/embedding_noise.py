@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
 
 if TYPE_CHECKING:
@@ -30,9 +29,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """Three panels on one axis of doses."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     doses, null = data["doses"], data["null"]
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """The read-out on top, the two causal curves below it on the same layers."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     if "readouts" not in data or "causal" not in data:
         raise UserError(f"'{result.folder}' holds no curves; run analyses/layer_concentration.py again")
     methods, causal, n_layers = data["methods"], data["causal"], data["model"]["n_layers"]

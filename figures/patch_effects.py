@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """One column per direction; the stream on top, the writers below."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     if "into" not in data:
         raise UserError(f"'{result.folder}' holds no patching map; run analyses/patch_effects.py again")
     points = [point for point in WRITERS if any(c["point"] == point for c in data["cells"])]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
 
 if TYPE_CHECKING:
@@ -29,9 +28,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """Every random direction is a point."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     layers, together = data["layers"], data["aggregation"]
     from matplotlib.figure import Figure
 

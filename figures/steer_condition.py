@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """ROC and area by layer of both conditions on top of each other, and the share of every set below."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     if "remove" not in data or "induce" not in data:
         raise UserError(f"'{result.folder}' holds no conditions; run analyses/steer.py again")
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.report.drawing import FigureConfig, figure_main
+from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
 from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ class Config(FigureConfig):
 
 def draw(result: Result) -> Drawing:
     """The paper's vectors on the left, what was added on the right; the gated line and the null on both."""
-    data = result.data
-    if not data.get("applicable"):
-        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    data = study_data(result)
     if "frontier" not in data:
         raise UserError(f"'{result.folder}' holds no frontier; run analyses/steer.py again")
     found, labels = data["frontier"], data["labels"]

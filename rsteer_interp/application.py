@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from rsteer_interp.backends import load_backend
+from rsteer_interp.backends import configured_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.complete_folder import held, publish
@@ -34,15 +34,7 @@ FILES = ("responses.jsonl", "provenance.json", "summary.json")  # the last one m
 def apply_steering(config: Config) -> Path:
     """Write `responses.jsonl`, `summary.json` and `provenance.json` to `config.out`, all of them or nothing."""
     prompts = list(load_prompts(config.prompts))
-    backend = load_backend(
-        config.model,
-        config.backend,
-        device=config.device,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-        batch_size=config.batch_size,
-    )
+    backend = configured_backend(config, config.model, config.backend)
     steering = load_steering(config.steering, backend, other_model=config.other_model)
     judge = load_judge(config.judge, backend)
     tokens = steering.refusal_tokens

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from rsteer_interp.backends import load_backend
+from rsteer_interp.backends import configured_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
@@ -79,15 +79,7 @@ def refused_rows(backend: Backend, name: str, n: int, tokens: Sequence[int], see
 
 
 def _backend(config: Config, model: str) -> Backend:
-    return load_backend(
-        model,
-        config.backend,
-        device=config.device,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-        batch_size=config.batch_size,
-    )
+    return configured_backend(config, model, config.backend)
 
 
 def _write(config: Config, out: Path, steering: Steering, backend: Backend | None) -> None:

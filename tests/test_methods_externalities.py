@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from rsteer_interp.activations import last_states, mean_norms
-from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
-from rsteer_interp.batch import Tokens
 from rsteer_interp.directions.paired import paired_direction
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import Affine
@@ -27,25 +24,8 @@ from rsteer_interp.methods.compliance_vector import (
     with_openings,
 )
 from rsteer_interp.methods.format_vector import JSON_REQUEST, format_vector
-from tests.tiny_models import KINDS, PROMPTS, Kind, tiny_backend, tiny_rows
+from tests.tiny_models import ANSWERS, KINDS, PROMPTS, Kind, answered_rows, draw, tiny_backend, tiny_rows
 from tests.two_direction_material import planted_material
-
-ANSWERS = (
-    "the city is old",
-    "bread",
-    "i do not know why you ask me",
-    "the river and the island",
-    "you write it",
-    "law",
-)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def answered_rows(backend: Backend) -> list[Tokens]:
-    return backend.template().encode_all(PROMPTS, ANSWERS)
 
 
 class Keep:

@@ -12,32 +12,13 @@ from torch import Tensor
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
-from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects
 from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import add
 from rsteer_interp.methods.probe_crossing import crossings, first_token_kl, harm_probe, token_kl
 from rsteer_interp.nulls import random_unit_vectors
-from tests.tiny_models import KINDS, PROMPTS, Kind, tiny_backend, tiny_rows
-
-ANSWERS = (
-    "the city is old",
-    "bread",
-    "i do not know why you ask me",
-    "the river and the island",
-    "you write it",
-    "law",
-)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def answered_rows(backend: Backend) -> list[Tokens]:
-    return backend.template().encode_all(PROMPTS, ANSWERS)
-
+from tests.tiny_models import KINDS, Kind, answered_rows, draw, tiny_backend, tiny_rows
 
 # -- KL of the first tokens ----------------------------------------------------------------------------------------
 

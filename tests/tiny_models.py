@@ -199,3 +199,23 @@ PROMPTS = (
 def tiny_rows(backend: Backend, prompts: tuple[str, ...] = PROMPTS) -> list[Tokens]:
     """The prompts in the chat template: lengths differ, the template prefix is shared."""
     return backend.template().encode_all(prompts)
+
+
+ANSWERS = (
+    "the city is old",
+    "bread",
+    "i do not know why you ask me",
+    "the river and the island",
+    "you write it",
+    "law",
+)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def answered_rows(backend: Backend) -> list[Tokens]:
+    """The prompts with ANSWERS, which are of other lengths."""
+    return backend.template().encode_all(PROMPTS, ANSWERS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rsteer_interp.errors import UserError
 
@@ -16,12 +16,40 @@ if TYPE_CHECKING:
     from rsteer_interp.backends.edits import Site
     from rsteer_interp.checkpoints import Checkpoint, LoadedModel
 
-__all__ = ["BackendName", "load_backend"]
+__all__ = ["BackendName", "LoadOptions", "configured_backend", "load_backend"]
 
 BackendName = Literal["auto", "transformerlens", "hooks"]
 
 SMALL = 300_000_000
 """Parameters below which "auto" takes TransformerLens: there its cost does not matter yet."""
+
+
+class LoadOptions(Protocol):
+    """What a command's Config says about loading."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device_map(self) -> str | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+def configured_backend(options: LoadOptions, model: str, backend: BackendName) -> Backend:
+    """`load_backend` as a command's options say."""
+    return load_backend(
+        model,
+        backend,
+        device=options.device,
+        dtype=options.dtype,
+        device_map=options.device_map,
+        trust_remote_code=options.trust_remote_code,
+        batch_size=options.batch_size,
+    )
 
 
 def load_backend(

@@ -17,7 +17,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import Affine
 from rsteer_interp.methods.base import Fitted, Material, Treatment
 from rsteer_interp.methods.candidates import Candidate, Place, Search, ablate_everywhere
-from rsteer_interp.methods.trials import Effects, chosen_among, shortfall, trials
+from rsteer_interp.methods.trials import Effects, Selected, chosen_among, shortfall, trials
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,12 @@ class Score:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
-    """The chosen candidate, the scores of all that were tried, and the unedited model's log-odds on the same prompts.
+class Selection(Selected[Score]):
+    """Also the unedited model's log-odds on the same prompts; `effects` are per prompt, for intervals."""
 
-    With `filters_met` False no candidate passes all filters, where the paper's code stops: the choice is then the candidate of
-    the smallest violation (of equal ones the lowest ablation score). `effects` are per prompt, for intervals.
-    """
-
-    chosen: Candidate
-    filters_met: bool
-    scores: tuple[Score, ...]
     refusing: float
     complying: float
     effects: Mapping[Place, Effects]
-
-    @property
-    def score(self) -> Score:
-        """The chosen candidate's."""
-        return next(s for s in self.scores if (s.position, s.layer) == (self.chosen.position, self.chosen.layer))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.methods import arditi
 from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
 from rsteer_interp.methods.candidates import Candidate, Operator, Place, Search, removal
-from rsteer_interp.methods.trials import Effects, chosen_among, shortfall, trials
+from rsteer_interp.methods.trials import Effects, Selected, chosen_among, shortfall, trials
 from rsteer_interp.nulls import Estimate, cosine
 
 Pool = Literal["concatenate", "average"]
@@ -53,23 +53,11 @@ class Score:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
-    """The chosen candidate, the scores of all that were tried, the layers they were read at, and the cosine before any edit.
+class Selection(Selected[Score]):
+    """Also the layers that scores were read at, and the cosine before any edit."""
 
-    With `filters_met` False no candidate passes all filters, where the paper's code stops: the choice is then the candidate of
-    the smallest violation (of equal ones the highest sum of cosines).
-    """
-
-    chosen: Candidate
-    filters_met: bool
-    scores: tuple[Score, ...]
     layers: tuple[int, ...]  # whose inputs were read: block l - 1's output is block l's input
     unedited: float
-
-    @property
-    def score(self) -> Score:
-        """The chosen candidate's."""
-        return next(s for s in self.scores if (s.position, s.layer) == (self.chosen.position, self.chosen.layer))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,8 +35,14 @@ from rsteer_interp.methods.candidates import (
 
 
 class Scored(Protocol):
-    """What a selector makes of a candidate's effects: how far it misses the filters (0: passes; infinite: it must not be chosen
-    while there is another), and how good it is."""
+    """What a selector makes of a candidate's effects: its place, how far it misses the filters (0: passes; infinite: it must not be
+    chosen while there is another), and how good it is."""
+
+    @property
+    def position(self) -> int: ...
+
+    @property
+    def layer(self) -> int: ...
 
     @property
     def violation(self) -> float: ...
@@ -46,6 +52,24 @@ class Scored(Protocol):
 
 
 S = TypeVar("S", bound=Scored)
+
+
+@dataclass(frozen=True, eq=False)
+class Selected(Generic[S]):
+    """The chosen candidate and the scores of all that were tried.
+
+    With `filters_met` False no candidate passes all filters, where the papers' code stops: the choice is then the candidate of
+    the smallest violation (of equal ones the highest merit).
+    """
+
+    chosen: Candidate
+    filters_met: bool
+    scores: tuple[S, ...]
+
+    @property
+    def score(self) -> S:
+        """The chosen candidate's."""
+        return next(s for s in self.scores if (s.position, s.layer) == (self.chosen.position, self.chosen.layer))
 
 
 @dataclass(frozen=True, eq=False)

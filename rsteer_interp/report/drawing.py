@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.command_line import run
 from rsteer_interp.errors import UserError
 from rsteer_interp.processes import is_first
 from rsteer_interp.report.schema import KIND, read_reproduction
 from rsteer_interp.style import Drawing, save_figure
+
+if TYPE_CHECKING:
+    from rsteer_interp.results import Result
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ def read(folder: Path | str, kind: str = KIND) -> Any:
     from rsteer_interp.results import load_result
 
     return read_reproduction(folder) if kind == KIND else load_result(folder, kind=kind)
+
+
+def study_data(result: Result) -> dict[str, Any]:
+    """The data of a study that found something. UserError for one that was not applicable to its model."""
+    data = result.data
+    if not data.get("applicable"):
+        raise UserError(f"'{result.folder}' is {data.get('reason') or 'not applicable'}; there is nothing to draw")
+    return data
 
 
 def draw_figures(result_folder: Path | str, out: Path | str, scripts: Path | str) -> list[Path]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsteer_interp.backends import load_backend
+from rsteer_interp.backends import configured_backend
 from rsteer_interp.judges import load_judge
 from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.report.page import write_page
@@ -55,15 +55,7 @@ def reproduce(config: Config, scripts: Path) -> Path:
 
 
 def _context(config: Config) -> Context:
-    backend = load_backend(
-        config.model,
-        config.backend,
-        device=config.device,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-        batch_size=config.batch_size,
-    )
+    backend = configured_backend(config, config.model, config.backend)
     settings = {k: v for k, v in asdict(config).items() if k not in _INCIDENTAL}
     judge = load_judge(config.judge, backend)
     return Context(backend, judge, PRESETS[config.preset], config.out, config.seed, settings)

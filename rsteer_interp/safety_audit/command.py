@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from rsteer_interp.backends import load_backend
+from rsteer_interp.backends import configured_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges import load_judge
@@ -63,15 +63,7 @@ def _audit(config: Config, plan: Plan, before: Backend, change: Any) -> Audit:
 
 
 def _load(config: Config, model: str) -> Backend:
-    return load_backend(
-        model,
-        config.backend,
-        device=config.device,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-        batch_size=config.batch_size,
-    )
+    return configured_backend(config, model, config.backend)
 
 
 def _print(data: dict[str, Any], page: Path) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rsteer_interp.activations import last_states
-from rsteer_interp.backends import load_backend
+from rsteer_interp.backends import configured_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.batch import ChatTemplate
@@ -80,15 +80,7 @@ class Study(Generic[C]):
 
     @classmethod
     def open(cls, kind: str, config: StudyConfig) -> Study:
-        backend = load_backend(
-            config.model,
-            config.backend,
-            device=config.device,
-            dtype=config.dtype,
-            device_map=config.device_map,
-            trust_remote_code=config.trust_remote_code,
-            batch_size=config.batch_size,
-        )
+        backend = configured_backend(config, config.model, config.backend)
         return cls(kind, backend, load_judge(config.judge, backend), config)
 
     @cached_property

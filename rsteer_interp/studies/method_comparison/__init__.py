@@ -52,7 +52,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     reading = Reading(study, material_of(study, config))
     rows = {name: measure(study, config, reading, METHODS[name]()) for name in names}
     rows = {
-        name: row | {"checks": own_checks(study, config, reading, METHODS[name](), row["best"]["strength"])}
+        name: row | own_checks(study, config, reading, METHODS[name](), row["best"]["strength"])
         for name, row in rows.items()
     }
     leader = max(rows, key=lambda name: rows[name]["select_score"])
@@ -134,21 +134,22 @@ def _talks(split: Split, n: int, seed: int) -> list[Prompt]:
     return list(load_prompts("conversations").unsplit.split(split).sample(n, seed))
 
 
-def own_checks(study: Study, config: Config, reading: Reading, method: Method, strength: float) -> list[dict[str, Any]]:
-    """What the method's own paper claims, where the method says how to measure it."""
+def own_checks(study: Study, config: Config, reading: Reading, method: Method, strength: float) -> dict[str, Any]:
+    """`checks`: what the method's own paper claims, where the method says how to measure it; `unchecked`: why it could not be."""
     checks = getattr(method, "checks", None)
     if checks is None:
-        return []
+        return {"checks": [], "unchecked": None}
 
     def compute() -> tuple[dict[str, Any], None]:
         try:
             found = checks(reading.material, strength)
         except UserError as reason:  # too few prompts or candidates: the comparison itself can be made all the same
-            return {"checks": [], "reason": str(reason)}, None
-        return {"checks": [asdict(check) for check in found]}, None
+            return {"checks": [], "unchecked": str(reason)}, None
+        return {"checks": [asdict(check) for check in found], "unchecked": None}, None
 
     key = {**_key(study, config, method), "strength": strength}
-    return study.stage(f"checks_{method.name}", key, compute).data["checks"]  # type: ignore[no-any-return]
+    stored = study.stage(f"checks_{method.name}", key, compute).data
+    return {name: stored[name] for name in ("checks", "unchecked")}
 
 
 def _key(study: Study, config: Config, method: Method) -> dict[str, Any]:
@@ -241,12 +242,17 @@ def tables(data: dict[str, Any]) -> list[Table]:
 
 
 def _checks(data: Mapping[str, Any]) -> list[Table]:
-    rows = [(row["label"], check) for row in data["methods"].values() for check in row["checks"]]
-    if not rows:
+    methods = data["methods"].values()
+    if not any(row["checks"] or row["unchecked"] for row in methods):
         return []
     table = Table(title="What the methods' own papers claim, on select")
     for column in ("method", "what", "value (95 %)", "n", "without it"):
         table.add_column(column)
-    for label, check in rows:
-        table.add_row(label, check["what"], interval(check["value"]), str(check["value"]["n"]), check["null"])
+    for row in methods:
+        for check in row["checks"]:
+            table.add_row(
+                row["label"], check["what"], interval(check["value"]), str(check["value"]["n"]), check["null"]
+            )
+        if row["unchecked"]:
+            table.add_row(row["label"], f"not measured: {row['unchecked']}", "", "", "")
     return [table]

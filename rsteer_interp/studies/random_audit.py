@@ -1,6 +1,6 @@
 """Study: pushes along random directions as an audit of any model; `analyses/random_audit.py` is its command line.
 
-The Rogue Scalpel (arXiv 2509.22067): see `random_audit` for the edit, the guard and the aggregation test. Directions and threshold
+The Rogue Scalpel (arXiv 2509.22067): see `rsteer_interp.random_audit` for the edit, the guard and the aggregation test. Directions and threshold
 come from fit and select, every number from report.
 """
 

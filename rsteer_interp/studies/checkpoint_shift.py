@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rsteer_interp.activations import last_states
-from rsteer_interp.backends import load_backend
+from rsteer_interp.backends import configured_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.batch import Tokens
@@ -88,15 +88,7 @@ def run_shift(config: Config, scripts: Path) -> Path:
 
 
 def _load(config: Config, model: str) -> Backend:
-    return load_backend(
-        model,
-        "hooks",
-        device=config.device,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-        batch_size=config.batch_size,
-    )
+    return configured_backend(config, model, "hooks")
 
 
 def _states(backend: Backend, rows: list[Tokens], sites: list[Site], which: str) -> Mapping[Site, Tensor]:

@@ -11,7 +11,7 @@ from analyses.checkpoint_shift import Config, run
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.report.page import write_overview
 from rsteer_interp.results import load_result
-from rsteer_interp.studies.shift_between import KIND
+from rsteer_interp.studies.checkpoint_shift import KIND
 from tests.figure_contract import check_draws_twice_the_same, check_texts, scripts_of
 from tests.tiny_models import D_MODEL, save_tiny, tiny_model, tiny_tokenizer
 
