@@ -14,7 +14,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.errors import UserError
-from rsteer_interp.moments import Moments, reduce
+from rsteer_interp.moments import Moments, RunningMoments, reduce
 from rsteer_interp.pooling import Pooling, pooled
 
 
@@ -88,18 +88,18 @@ def last_moments(
 
     Under torchrun every process streams its share and the moments are merged in the order of the ranks.
     """
-    found = {site: Moments.empty(backend.d_model) for site in sites}
+    running = {site: RunningMoments(backend.d_model) for site in sites}
 
     def run(batch: Batch) -> int:
         record = RecordLast(frozenset(sites))
         backend.run(batch, record)
-        for site in sites:
-            found[site] = found[site].add(checked(site, record.states[site]))
+        for site in running:
+            running[site].add(checked(site, record.states[site]))
         return len(batch)
 
     for _, n in backend.spread(rows, run):
         on_batch(n)
-    return {site: reduce(moments) for site, moments in found.items()}
+    return {site: reduce(running.pop(site).moments()) for site in list(running)}  # one copy at a time
 
 
 def checked(site: Site, states: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:

@@ -1,4 +1,4 @@
-"""Moments: weighted float64 statistics of vectors that stream, merge exactly and reduce over processes.
+"""Moments: weighted float64 statistics of vectors that merge exactly and reduce over processes.
 
     W = sum w,   mean = sum w h / W,   scatter = sum w (h - mean)(h - mean)^T
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -18,47 +18,50 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.symmetric import add_gram, gram, packed_gram, packed_width, unpacked
 
 
 @dataclass(frozen=True, eq=False)
 class Scatter:
-    """A positive semidefinite d x d matrix, exact: as `rows` R with R^T R equal to it, or `full` once R had more than d rows.
+    """A positive semidefinite d x d matrix, exact: as `rows` R with R^T R equal to it, or `packed` once R had more than d rows.
 
-    Exactly one of the two is set, always in float64. Fewer rows than d is the case in which the dual is the cheap way.
+    Exactly one of the two is set, always in float64 and on the CPU (not every accelerator has float64). Fewer rows than d
+    is the case in which the dual is the cheap way.
     """
 
     rows: Float[Tensor, "m d"] | None = None
-    full: Float[Tensor, "d d"] | None = None
+    packed: Float[Tensor, " d*(d+1)/2"] | None = None
 
     def __post_init__(self) -> None:
-        if (self.rows is None) == (self.full is None):
-            raise TypeError("a Scatter holds either rows or the full matrix")
-        if self._held.dtype != torch.float64:
-            raise TypeError(f"a Scatter is float64, not {self._held.dtype}; low-precision Gram matrices are wrong")
+        if (self.rows is None) == (self.packed is None):
+            raise TypeError("a Scatter holds either rows or the packed matrix")
+        if self.held.dtype != torch.float64:
+            raise TypeError(f"a Scatter is float64, not {self.held.dtype}; low-precision Gram matrices are wrong")
 
     @classmethod
     def of(cls, rows: Float[Tensor, "m d"]) -> Scatter:
         """R^T R, kept as rows while m <= d."""
-        rows = rows.double()
-        return cls(rows=rows) if rows.shape[0] <= rows.shape[1] else cls(full=gram(rows.T))
+        rows = rows.to("cpu", torch.float64)
+        return cls(rows=rows) if rows.shape[0] <= rows.shape[1] else cls(packed=packed_gram(rows))
 
     @property
-    def _held(self) -> Tensor:
-        held = self.rows if self.rows is not None else self.full
+    def held(self) -> Tensor:
+        """The one tensor that is kept."""
+        held = self.rows if self.rows is not None else self.packed
         assert held is not None
         return held
 
     @property
     def d(self) -> int:
-        return int(self._held.shape[1])
+        return int(self.rows.shape[1]) if self.rows is not None else packed_width(self.held)
 
     @property
     def dense(self) -> Float[Tensor, "d d"]:
-        return gram(self.rows.T) if self.rows is not None else self._held
+        return gram(self.rows.T) if self.rows is not None else unpacked(self.held)
 
     @property
     def diagonal(self) -> Float[Tensor, " d"]:
-        return self.rows.square().sum(0) if self.rows is not None else self._held.diagonal()
+        return self.rows.square().sum(0) if self.rows is not None else self.dense.diagonal()
 
     @property
     def trace(self) -> float:
@@ -67,23 +70,21 @@ class Scatter:
     def __add__(self, other: Scatter) -> Scatter:
         if self.rows is not None and other.rows is not None:
             return Scatter.of(torch.cat([self.rows, other.rows]))
-        return Scatter(full=self.dense + other.dense)
+        if self.packed is None:
+            return other + self
+        if other.packed is not None:
+            return Scatter(packed=self.packed + other.packed)
+        total = self.packed.clone()
+        add_gram(total, other.held)
+        return Scatter(packed=total)
 
     def __mul__(self, factor: float) -> Scatter:
         if self.rows is not None:
             return Scatter(rows=self.rows * math.sqrt(factor))
-        return Scatter(full=self._held * factor)
+        return Scatter(packed=self.held * factor)
 
     def __truediv__(self, divisor: float) -> Scatter:
         return self * (1 / divisor)
-
-
-def gram(x: Float[Tensor, "m d"]) -> Float[Tensor, "m m"]:
-    """x x^T; on a CPU by NumPy, which computes half of a symmetric product and mirrors it."""
-    if x.device.type != "cpu":
-        return x @ x.T
-    array = x.numpy()
-    return torch.from_numpy(array @ array.T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ class Moments:
     @classmethod
     def of(cls, states: Float[Tensor, "n d"], weights: Float[Tensor, " n"] | None = None) -> Moments:
         """One-shot statistics of `states` (any float dtype), weights 1 unless given. UserError for a negative weight."""
-        x = states.detach().double()
+        x = states.detach().to("cpu", torch.float64)
         w = x.new_ones(len(x)) if weights is None else weights.detach().to(x)
         if len(w) != len(x) or not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
             raise UserError(f"{len(w)} weights for {len(x)} states; give one finite weight of at least 0 per state")
@@ -119,7 +120,7 @@ class Moments:
         mean = (w @ x) / total[-1]
         x = x - mean
         if len(x) - 1 > x.shape[1]:
-            scatter = Scatter(full=(x * w[:, None]).T @ x)
+            scatter = Scatter.of(w.sqrt()[:, None] * x)
         else:
             # Row k is sqrt(w_k W_{k-1} / W_k) (x_k - mean of the first k - 1): n - 1 rows with the same R^T R.
             running = (w[:, None] * x).cumsum(0) / total[:, None]
@@ -168,17 +169,58 @@ class Moments:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """As float64 tensors for safetensors: `sums` (count, W, sum of squared weights), `mean`, and `rows` or `full`."""
+        """As float64 tensors for safetensors: `sums` (count, W, sum of squared weights), `mean`, and `rows` or `packed`."""
         sums = torch.tensor([self.count, self.weight, self.squared_weight], dtype=torch.float64)
-        kind = "rows" if self.scatter.rows is not None else "full"
-        return {"sums": sums, "mean": self.mean, kind: self.scatter._held}
+        kind = "rows" if self.scatter.rows is not None else "packed"
+        return {"sums": sums, "mean": self.mean, kind: self.scatter.held}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
         """The inverse of `tensors`, to the last bit."""
         count, weight, squared_weight = tensors["sums"].tolist()
-        scatter = Scatter(rows=tensors.get("rows"), full=tensors.get("full"))
+        scatter = Scatter(rows=tensors.get("rows"), packed=tensors.get("packed"))
         return cls(int(count), weight, squared_weight, tensors["mean"], scatter)
+
+
+class RunningMoments:
+    """Moments that grow in place, for a stream of which there are many (one per site): they take no more memory than the
+    smaller of rows and packed matrix, d (d + 1) / 2 float64 numbers at most, however many states pass."""
+
+    def __init__(self, d: int) -> None:
+        self._none = Scatter(rows=torch.zeros(0, d, dtype=torch.float64))
+        self._head = Moments.empty(d)  # all but the scatter
+        # Rows that came in one by one would leave holes in memory that no packed matrix fits into.
+        self._rows = torch.empty((d + 1) // 2, d, dtype=torch.float64)
+        self._n_rows = 0
+        self._packed: Float[Tensor, " d*(d+1)/2"] | None = None
+
+    def add(self, states: Float[Tensor, "n d"], weights: Float[Tensor, " n"] | None = None) -> None:
+        """See `Moments.of`."""
+        part = Moments.of(states, weights)
+        merged = self._head.merge(replace(part, scatter=self._none))
+        for scatter in (part.scatter, merged.scatter):  # within the new states, and between their mean and the old one
+            self._hold(scatter)
+        self._head = replace(merged, scatter=self._none)
+
+    def moments(self) -> Moments:
+        """The statistics of all states so far; a copy, which later ones do not change."""
+        if self._packed is not None:
+            return replace(self._head, scatter=Scatter(packed=self._packed.clone()))
+        return replace(self._head, scatter=Scatter(rows=self._rows[: self._n_rows].clone()))
+
+    def _hold(self, scatter: Scatter) -> None:
+        if self._packed is None:
+            end = self._n_rows + len(scatter.held)
+            if scatter.rows is not None and end <= len(self._rows):
+                self._rows[self._n_rows : end] = scatter.rows
+                self._n_rows = end
+                return
+            self._packed = packed_gram(self._rows[: self._n_rows])
+            self._rows = self._none.held
+        if scatter.rows is not None:
+            add_gram(self._packed, scatter.rows)
+        else:
+            self._packed += scatter.held
 
 
 def reduce(moments: Moments, group: dist.ProcessGroup | None = None) -> Moments:
@@ -188,23 +230,21 @@ def reduce(moments: Moments, group: dist.ProcessGroup | None = None) -> Moments:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return moments
-    home = moments.mean.device
     device = (
         torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )
-    own = {name: tensor.to(device).contiguous() for name, tensor in moments.tensors().items()}
-    held = own.get("rows", own.get("full"))
-    assert held is not None
-    shape = own["sums"].new_tensor(["full" in own, len(held)])
-    heads = _gather(torch.cat([own["sums"], shape, own["mean"]]), group)
-    # Ranks hold different numbers of rows; all_gather wants one shape, so they are padded and cut again.
-    padded = held.new_zeros(max(int(head[4]) for head in heads), moments.d)
-    padded[: len(held)] = held
+    own, held = moments.tensors(), moments.scatter.held
+    shape = own["sums"].new_tensor(["packed" in own, held.numel()])
+    heads = _gather(torch.cat([own["sums"], shape, moments.mean]).to(device), group)
+    # Ranks hold different amounts; all_gather wants one shape, so they are padded and cut again.
+    padded = held.new_zeros(max(int(head[4]) for head in heads), device=device)
+    padded[: held.numel()] = held.flatten()
     merged = Moments.empty(moments.d)
-    for head, matrix in zip(heads, _gather(padded, group), strict=True):
-        kind = "full" if head[3] else "rows"
-        tensors = {"sums": head[:3], "mean": head[5:].to(home), kind: matrix[: int(head[4])].to(home)}
-        merged = merged.merge(Moments.from_tensors(tensors))
+    for head, values in zip(heads, _gather(padded, group), strict=True):
+        matrix = values[: int(head[4])].cpu()
+        scatter = Scatter(packed=matrix) if head[3] else Scatter(rows=matrix.view(-1, moments.d))
+        count, weight, squared_weight = head[:3].tolist()
+        merged = merged.merge(Moments(int(count), weight, squared_weight, head[5:].cpu(), scatter))
     return merged
 
 

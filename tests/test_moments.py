@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.moments import Moments, Scatter, reduce
+from rsteer_interp.moments import Moments, RunningMoments, Scatter, reduce
+from rsteer_interp.symmetric import add_gram, packed_gram, packed_width, unpacked
 
 
 def sample(n: int, d: int, seed: int = 0, offset: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -49,10 +50,36 @@ def test_one_shot_equals_numpy(n: int, d: int) -> None:
 @pytest.mark.parametrize("d", [4, 25, 60])
 def test_streamed_equals_one_shot(sizes: tuple[int, ...], d: int) -> None:
     x, w = sample(30, d)
-    streamed = Moments.empty(d)
+    streamed, running = Moments.empty(d), RunningMoments(d)
     for part, weights in zip(x.split(sizes), w.split(sizes), strict=True):
         streamed = streamed.add(part, weights)
+        running.add(part, weights)
+        assert_same(running.moments(), streamed)
     assert_same(streamed, Moments.of(x, w))
+
+
+def test_running_moments_hold_half_a_matrix_at_most_and_give_out_copies() -> None:
+    x, w = sample(60, 8)
+    running = RunningMoments(8)
+    for i in range(60):
+        before = running.moments()
+        running.add(x[i : i + 1], w[i : i + 1])
+        assert_same(before, Moments.of(x[:i], w[:i]))
+        assert running.moments().scatter.held.numel() <= 36
+    assert running.moments().scatter.packed is not None
+
+
+@pytest.mark.parametrize("d", [1, 2, 5, 8])
+@pytest.mark.parametrize("m", [0, 1, 3, 20])
+def test_a_packed_gram_matrix_is_the_matrix(m: int, d: int) -> None:
+    x, y = torch.randn(2, m, d, dtype=torch.float64)
+    packed = packed_gram(x)
+    assert packed.shape == (d * (d + 1) // 2,)
+    assert packed_width(packed) == d
+    torch.testing.assert_close(unpacked(packed), x.T @ x)
+    add_gram(packed, y.T.contiguous().T)  # of any memory layout
+    torch.testing.assert_close(unpacked(packed), x.T @ x + y.T @ y)
+    assert torch.equal(unpacked(packed), unpacked(packed).T)
 
 
 @settings(max_examples=40, deadline=None)

@@ -21,6 +21,7 @@ from rsteer_interp.directions.ridge import ledoit_wolf_intensity, null_space_sha
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments, Scatter
 from rsteer_interp.nulls import cosine
+from rsteer_interp.symmetric import packed_gram
 from tests.planted import changed, planted
 
 SIZES = [(400, 20), (30, 60), (61, 60)]
@@ -38,7 +39,10 @@ def test_primal_equals_dual_equals_the_definition(n: int, d: int, penalty: float
     states = planted(n, d, 0)[0].states
     z = (states - states.mean(0)) / n**0.5
     delta = complying_part(n, d)[1]
-    dual, primal = ridge_solve(Scatter(rows=z), delta, penalty), ridge_solve(Scatter(full=z.T @ z), delta, penalty)
+    dual, primal = (
+        ridge_solve(Scatter(rows=z), delta, penalty),
+        ridge_solve(Scatter(packed=packed_gram(z)), delta, penalty),
+    )
     direct = torch.linalg.solve(z.T @ z + penalty * torch.eye(d, dtype=torch.float64), delta)
     assert (dual - primal).norm() / primal.norm() < 1e-8
     assert (dual - direct).norm() / direct.norm() < 1e-8
@@ -181,7 +185,7 @@ def test_errors_name_the_remedy() -> None:
     with pytest.raises(UserError, match=r"penalty 0 with .* positive penalty"):
         RidgeMeanDifference(penalty=0.0).fit(evidence)
     with pytest.raises(UserError, match="raise the penalty"):
-        ridge_solve(Scatter(full=torch.zeros(3, 3, dtype=torch.float64)), torch.ones(3), 0.0)
+        ridge_solve(Scatter(packed=torch.zeros(6, dtype=torch.float64)), torch.ones(3), 0.0)
     with pytest.raises(UserError, match="at least 0"):
         RidgeMeanDifference(penalty=-1.0)
     with pytest.raises(UserError, match="positive"):

@@ -91,13 +91,13 @@ class Evidence:
 
     @property
     def states(self) -> Float[Tensor, "n d"]:
-        """The rows, for estimators that need more than moments. UserError when only moments were kept."""
-        return self._raw(self.rows)
+        """The rows, on the CPU like the moments, for estimators that need more than those. UserError when only moments were kept."""
+        return self._raw(self.rows).cpu()
 
     @property
     def scores(self) -> Float[Tensor, " n"]:
         """Refusal confidence per row. UserError when only moments were kept."""
-        return self._raw(self.confidence)
+        return self._raw(self.confidence).cpu()
 
     @staticmethod
     def _raw(value: Tensor | None) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from rsteer_interp.directions.band_form import solve_shifted
 from rsteer_interp.directions.base import Evidence
 from rsteer_interp.errors import UserError
-from rsteer_interp.moments import Moments, Scatter, gram
+from rsteer_interp.moments import Moments, Scatter
+from rsteer_interp.symmetric import gram
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def ridge_path(delta: Float[Tensor, " d"], sigma: Scatter, penalties: Sequence[f
     delta, z = delta.double(), sigma.rows
     if z is None or len(z) == 0:
         return solve_shifted(sigma.dense, delta, penalties)
-    ridge = torch.tensor(list(penalties), dtype=torch.float64, device=delta.device)[:, None]
+    ridge = torch.tensor(list(penalties), dtype=torch.float64)[:, None]
     return (delta - solve_shifted(gram(z), z @ delta, penalties) @ z) / ridge
 
 
