@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ class Tokens:
 
     `ids[:prefix]` is the template before the instruction, `ids[prefix:instruction]` the instruction,
     `ids[instruction:prompt]` the template after it (generation prompt included), `ids[prompt:]` the answer, if any.
+    `setting` says under which of several edits the row is run (see `backends.each`).
     """
 
     ids: tuple[int, ...]
     prefix: int
     instruction: int
     prompt: int
+    setting: int = 0
 
     @property
     def answer_length(self) -> int:
@@ -87,6 +90,17 @@ class Batch:
     def lengths(self) -> Int[Tensor, " row"]:
         """Number of real tokens of each row, which is the position id of the first generated token."""
         return self.mask.sum(-1)
+
+    @cached_property
+    def by_setting(self) -> dict[int, tuple[Int[Tensor, " own"], Batch]]:
+        """Per setting: the indices of its rows, on the CPU, and the batch of them alone."""
+        settings = torch.tensor([row.setting for row in self.rows])
+        found = {}
+        for setting in dict.fromkeys(settings.tolist()):
+            own = (settings == setting).nonzero()[:, 0]
+            ids, mask, positions = (x[own.to(x.device)] for x in (self.ids, self.mask, self.positions))
+            found[setting] = (own, Batch(ids, mask, positions, tuple(self.rows[i] for i in own), self.shared_prefix))
+        return found
 
     def span_end(self, name: str) -> Int[Tensor, " row"]:
         """Position id at which each row's `prefix`, `instruction` or `prompt` span ends."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.batching import Rows
+from rsteer_interp.backends.each import Each, stacked, together
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.batch import Batch, Tokens, length_groups
 from rsteer_interp.measures import kl_divergence, masked_mean, refusal_log_odds, token_log_probs
@@ -26,11 +27,29 @@ def log_odds(
     on_batch: Callable[[int], None] = lambda n: None,
 ) -> Float[Tensor, " prompt"]:
     """First-token refusal log-odds of every prompt: one pass, nothing is generated."""
-    out = torch.zeros(len(rows), dtype=torch.float64)
-    for group, value in backend.spread(
-        rows, lambda batch: refusal_log_odds(backend.logits(batch, edit)[:, -1], token_ids).cpu()
-    ):
-        out[group] = value
+    return log_odds_of_each(backend, rows, token_ids, [edit], on_batch)[0]
+
+
+def log_odds_of_each(
+    backend: Backend,
+    rows: Rows,
+    token_ids: Sequence[int],
+    edits: Sequence[Edit | None],
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> Float[Tensor, "edit prompt"]:
+    """The same under every edit. With few prompts, several edits share a pass: as many rows of it as the batch size allows."""
+    out = torch.zeros(len(edits), len(rows), dtype=torch.float64)
+
+    def run(batch: Batch) -> Tensor:
+        found = []
+        for part in together(edits, backend.batch_size // len(batch)):
+            alone = len(part) == 1
+            logits = backend.logits(*((batch, part[0]) if alone else (stacked(batch, len(part)), Each(part))))
+            found.append(refusal_log_odds(logits[:, -1], token_ids).view(len(part), len(batch)).cpu())
+        return torch.cat(found)
+
+    for group, values in backend.spread(rows, run):
+        out[:, group] = values
         on_batch(len(group))
     return out
 

@@ -25,7 +25,7 @@ from rsteer_interp.backends.batching import Prepared
 from rsteer_interp.backends.edits import Edit, Site, compose
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import log_odds
+from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.nulls import Estimate, Rate, random_unit_vectors
 from rsteer_interp.random_push import COHERENT_KL, DOSES, Guard, coherence, push
 
@@ -47,11 +47,9 @@ def push_changes(
     edit: Edit | None = None,
 ) -> tuple[Float[Tensor, " prompt"], Float[Tensor, "vector prompt"]]:
     """Refusal log-odds of the model (with `edit`, when one is given), and what each push adds to them, in nats."""
-    base = log_odds(backend, rows, refusal_tokens, edit)
-    pushed = [
-        log_odds(backend, rows, refusal_tokens, compose(edit, push(backend, layer, v, amount))) for v in vectors.float()
-    ]
-    return base, torch.stack(pushed) - base
+    pushed = [compose(edit, push(backend, layer, v, amount)) for v in vectors.float()]
+    odds = log_odds_of_each(backend, rows, refusal_tokens, [edit, *pushed])
+    return odds[0], odds[1:] - odds[0]
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def find_setting(
     settings: Sequence[Setting],
     *,
     target: float,
-    removal: Callable[[Setting], float],
+    removals: Callable[[Sequence[Setting]], Sequence[float]],
     answer_shift: Callable[[Setting], float],
     judged_removal: Callable[[Setting], float],
     max_judged: int = 4,
@@ -124,7 +124,7 @@ def find_setting(
     `slack * target` there are judged in the order of L_g, and the first that reaches the target is the answer. When
     none of `max_judged` does, the judged setting that removes most is returned with `target_met` False.
     """
-    screened = [Trial(s, removal(s), 0.0) for s in settings]
+    screened = [Trial(s, removal, 0.0) for s, removal in zip(settings, removals(settings), strict=True)]
     promising = [t for t in screened if t.removal >= slack * target] or sorted(screened, key=lambda t: -t.removal)[
         :max_judged
     ]

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from torch import Tensor
 
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import Edit
 from rsteer_interp.batch import Tokens
 from rsteer_interp.equal_norm import Redirected
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import answer_effects, log_odds
+from rsteer_interp.evaluation import answer_effects, log_odds_of_each
 from rsteer_interp.nulls import Estimate, random_unit_vectors
 from rsteer_interp.steering import Steering
 
@@ -94,19 +92,16 @@ def controls(
     if n_random < 2:
         raise UserError(f"{n_random} random edits make no null; give two or more")
     states = last_states(backend, refused, list(steering.sites))
-    base = log_odds(backend, refused, token_ids)
-
-    def change(other: Edit) -> Tensor:
-        return log_odds(backend, refused, token_ids, other) - base
-
     draws = random_unit_vectors(n_random * steering.k, backend.d_model, seed).view(n_random, steering.k, -1)
     nulls = [Redirected(edit, dict(zip(steering.sites, units, strict=True))) for units in draws]
+    base, *moved = log_odds_of_each(backend, refused, token_ids, [None, edit, *nulls])
+    effect, *null = (odds - base for odds in moved)
     signs = {amount > 0 for amount in steering.amounts.values()}
     return Controls(
         dose=steering.dose(states),
         base=Estimate.of(base.numpy()),
-        effect=Estimate.of(change(edit).numpy(), seed=seed),
-        null=tuple(float(change(null).mean()) for null in nulls),
+        effect=Estimate.of(effect.numpy(), seed=seed),
+        null=tuple(float(change.mean()) for change in null),
         kl=Estimate.of(answer_effects(backend, benign, edit).kl.numpy(), seed=seed),
         towards_refusal=signs.pop() if len(signs) == 1 else None,
     )

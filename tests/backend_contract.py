@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.each import Each, repeated, stacked
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.batch import Tokens
+from rsteer_interp.conditions import Not
 from rsteer_interp.errors import UserError
+from rsteer_interp.gates import Gate, Gated
 from rsteer_interp.interventions import AtPositions, ablate, add
 from tests.tiny_models import tiny_rows
 
@@ -349,7 +352,61 @@ def check_resid_post_is_the_next_resid_pre(backend: Backend) -> None:
         assert torch.equal(backend.generate(batch, 3, a).ids, backend.generate(batch, 3, b).ids)
 
 
+def settings_for(backend: Backend) -> list[Edit | None]:
+    """No edit, one that shares a prefix, one of suffix and reply, and gates that hold for some prompts, the same edit twice."""
+    d, early = backend.d_model, Site(1)
+    record = Record(frozenset({early}), pointwise=False)
+    rows = tiny_rows(backend)
+    backend.run(backend.batch(rows), record)
+    read = (
+        torch.stack([record.states[early, i, len(row.ids) - 1] for i, row in enumerate(rows)]).double()
+        @ vector(5, d).double()
+    )
+    condition = Gate(early, vector(5, d), float(read.quantile(0.5)))
+    push = add({Site(2): vector(6, d)}, {Site(2): 6.0})
+    gated = Gated(push, condition)
+    return [
+        None,
+        strong_edit(backend),
+        add({early: vector(1, d)}, {early: 4.0}),
+        gated,
+        Gated(push, Not(condition)),
+        gated,
+        Gated(push, condition, first_pass=False),
+    ]
+
+
+def check_settings_share_a_batch(backend: Backend) -> None:
+    """Many settings as rows of one batch give what each gives alone: logits, replies of different lengths, sampled ones."""
+    rows, edits = tiny_rows(backend), settings_for(backend)
+    tolerance = TOLERANCE * ROUNDS_MORE.get(backend.model.config.model_type, 1.0)
+    backend.stop_ids = frozenset(range(0, 200, 9))  # so that rows end at different steps
+    shuffled = torch.randperm(len(edits) * len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    for chosen in (edits[:3], edits):  # those that share more than the template's prefix, and all
+        every, edit = repeated(rows, len(chosen)), Each(tuple(chosen))
+        order = [i for i in shuffled if i < len(every)]
+        mixed = backend.batch([every[i] for i in order])
+        made = stacked(backend.batch(rows), len(chosen))
+        alone = [backend.logits(backend.batch(rows), each) for each in chosen]
+        for each, logits in zip(chosen[1:], alone[1:], strict=True):
+            acts = not isinstance(each, Gated) or each.first_pass
+            assert (far(alone[0], logits) > 1e-3) == acts, f"{each} on the prompt"
+        equal(torch.stack(alone).flatten(0, 1), backend.logits(made, edit), tolerance)
+        equal(torch.stack(alone).flatten(0, 1)[order], backend.logits(mixed, edit), tolerance)
+        for sampling in (None, Sampling(n=2, temperature=1.5, seed=3)):
+            n = sampling.n if sampling else 1
+            apart = [backend.generate(backend.batch(rows), 6, each, sampling) for each in chosen]
+            lengths = torch.cat([replies.lengths for replies in apart]).view(-1, n)
+            assert len(set(lengths.flatten().tolist())) > 1
+            ids = torch.cat([replies.ids for replies in apart]).view(-1, n, 6)
+            for batch, places in ((made, list(range(len(every)))), (mixed, order)):
+                found = backend.generate(batch, 6, edit, sampling)
+                assert torch.equal(found.lengths, lengths[places].flatten())
+                assert torch.equal(found.ids, ids[places].flatten(0, 1))
+
+
 CHECKS: tuple[Check, ...] = (
+    check_settings_share_a_batch,
     check_padding_does_not_matter,
     check_shared_prefix_is_exact,
     check_an_edit_acts_at_its_site_and_after_it,

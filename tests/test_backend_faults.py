@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from rsteer_interp.backends import base
+from rsteer_interp.backends import each as each_module
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import Compose, Site
+from rsteer_interp.backends.each import Each
+from rsteer_interp.backends.edits import At, Compose, Site
 from rsteer_interp.backends.self_check import self_check
 from rsteer_interp.errors import UserError
 from tests import backend_contract as contract
@@ -112,6 +114,28 @@ def prefix_is_shared_where_it_must_not_be(backend: Any, patch: Patch) -> None:
     patch.setattr(type(backend), "can_share_prefix", True)
 
 
+def prefix_is_that_of_the_first_setting(backend: Any, patch: Patch) -> None:
+    """A prefix is run once for all settings, with the first one's edit."""
+    call = Each.__call__
+
+    def first(each: Each, x: torch.Tensor, at: At) -> torch.Tensor:
+        out = call(each, x, at)
+        return out[:1].expand_as(out) if at.phase == "prefix" else out
+
+    patch.setattr(Each, "__call__", first)
+
+
+def gates_of_all_settings_share_what_they_know(backend: Any, patch: Patch) -> None:
+    keep = each_module._keep
+    patch.setattr(each_module, "_keep", lambda memory, setting, *args: [keep(memory, s, *args) for s in range(6)])
+
+
+def rows_that_have_ended_are_not_told_to_the_edit(backend: Any, patch: Patch) -> None:
+    """While decoding, current row i is taken for row i of the batch."""
+    call = Each.__call__
+    patch.setattr(Each, "__call__", lambda each, x, at: call(each, x, replace(at, rows=torch.arange(len(at.rows)))))
+
+
 FAULTS: dict[Fault, tuple[str, set[str]]] = {
     # fault: family to show it on, and contract checks that must each fail
     positions_start_at_zero: ("gpt2", {"padding_does_not_matter", "generation_is_one_pass_per_token"}),
@@ -124,6 +148,9 @@ FAULTS: dict[Fault, tuple[str, set[str]]] = {
     position_stands_still_while_decoding: ("gpt2", {"generation_is_one_pass_per_token"}),
     composition_is_reversed: ("llama", {"edits_compose_in_order"}),
     random_numbers_go_by_place: ("llama", {"sampling_depends_on_the_prompt_alone"}),
+    prefix_is_that_of_the_first_setting: ("llama", {"settings_share_a_batch"}),
+    gates_of_all_settings_share_what_they_know: ("llama", {"settings_share_a_batch"}),
+    rows_that_have_ended_are_not_told_to_the_edit: ("llama", {"settings_share_a_batch"}),
     prefix_is_shared_where_it_must_not_be: ("mistral_window", {"padding_does_not_matter"}),
 }
 SELF_CHECK_SEES = {

@@ -19,7 +19,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import answer_effects, answer_log_probs, log_odds
+from rsteer_interp.evaluation import answer_effects, answer_log_probs, log_odds, log_odds_of_each
 from rsteer_interp.interventions import add
 from rsteer_interp.refusal_scores import reply_and_judge
 from rsteer_interp.results import Provenance, load_result, stage
@@ -54,6 +54,9 @@ def _measure(out: Path) -> None:
         found |= {f"mean {site}": moments.mean, f"covariance {site}": moments.covariance}
     found["log-odds"] = log_odds(backend, rows, [5, 9], edit)
     found["prepared"] = log_odds(backend, backend.prepare(rows, 2), [5, 9], edit)
+    edits = [None, edit, add(vectors, {Site(2): -3.0})]
+    for i, odds in enumerate(log_odds_of_each(backend, rows, [5, 9], edits)):
+        found[f"log-odds of setting {i}"] = odds
     found["one prompt"] = log_odds(backend, rows[:1], [5, 9])
     found["answers"] = answer_log_probs(backend, talks, edit)
     found["kl"] = answer_effects(backend, talks, edit).kl

@@ -127,7 +127,7 @@ def _find(removed: dict[Setting, float], shift: dict[Setting, float], judged: di
     return find_setting(
         list(removed),
         target=target,
-        removal=removed.__getitem__,
+        removals=lambda settings: [removed[setting] for setting in settings],
         answer_shift=shift.__getitem__,
         judged_removal=judged.__getitem__,
     )

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from rsteer_interp.activations import last_states
+from rsteer_interp.backends.each import Each, together
 from rsteer_interp.backends.edits import Edit, Site
-from rsteer_interp.evaluation import answer_effects, answer_log_probs, effects_of_each, log_odds
+from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import answer_effects, answer_log_probs, effects_of_each, log_odds, log_odds_of_each
 from rsteer_interp.interventions import AtPositions, ablate, add
 from tests.tiny_models import FAMILIES, tiny_backend
 
@@ -108,6 +110,35 @@ def test_one_pass_prepares_several_layers() -> None:
     for layer, each in prepared.items():
         assert all((batch.start is None) == (layer == 0) for _, batch in each.batches)
         torch.testing.assert_close(log_odds(backend, each, [5, 9], edit), plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 64])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edits_that_share_a_pass_give_what_each_gives(family: str, layer: int, size: int) -> None:
+    backend = tiny_backend(family)
+    backend.batch_size = size
+    prompts, d = backend.template().encode_all(TEXTS), backend.d_model
+    rows = torch.randn(d, generator=torch.Generator().manual_seed(0))
+    by_place = add({Site(2): rows}, {Site(2): torch.tensor([1.0, -2.0, 3.0][: min(size, 3)])})
+    edits = [*_edits(d), *_edits(d)[1:3], *([by_place] if size == 3 else [])]
+    apart = torch.stack([log_odds(backend, backend.prepare(prompts, layer), [5, 9], edit) for edit in edits])
+    passes = [len(part) for part in together(edits, size // 3)]
+    assert sum(passes) == len(edits) and max(passes) == {1: 1, 3: 1, 7: 2, 64: 6}[size]
+    before = backend.prompts_run
+    found = log_odds_of_each(backend, backend.prepare(prompts, layer), [5, 9], edits)
+    torch.testing.assert_close(found, apart, atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_odds_of_each(backend, prompts, [5, 9], edits), apart, atol=1e-4, rtol=0)
+    assert backend.prompts_run - before >= 2 * len(edits) * len(prompts), "what is charged is what was run"
+    assert len({round(float(odds.sum()), 3) for odds in found}) == len(edits) - 2, "but for the two given twice"
+
+
+def test_an_edit_that_depends_on_other_rows_runs_by_itself() -> None:
+    v = {Site(2): torch.ones(4)}
+    by_place, plain = add(v, {Site(2): torch.tensor([1.0, 2.0])}), add(v, {Site(2): 1.0})
+    assert [len(part) for part in together([None, plain, by_place, by_place, plain, None], 9)] == [2, 1, 1, 2]
+    with pytest.raises(UserError, match="depends on other rows"):
+        Each((plain, by_place))
 
 
 def test_an_edit_before_the_start_runs_the_whole_model() -> None:

@@ -7,7 +7,7 @@ functions installed at sites; prefix sharing, decoding and sampling are written 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -207,20 +207,24 @@ class Backend(Batching):
         return nullcontext()
 
     def _prefix_cache(self, run: _Run, shared: int, start: Start | None, stop: bool) -> Any:
-        """Cache of the shared prefix, computed on one row (edit included) and repeated over the rows; with `stop`, of the
-        blocks alone that a pass needs which ends after the edit's last site."""
-        batch = run.batch
-        ids = torch.tensor([run.batch.rows[0].ids[:shared]], device=batch.ids.device)
-        positions = torch.arange(shared, device=batch.ids.device)[None]
+        """Cache of the shared prefix, computed on one row of every setting (edit included) and repeated over the rows; with
+        `stop`, of the blocks alone that a pass needs which ends after the edit's last site."""
+        batch, device = run.batch, run.batch.ids.device
+        settings = [own for own, _ in batch.by_setting.values()]
+        ids = torch.tensor([batch.rows[0].ids[:shared]], device=device).expand(len(settings), -1)
+        positions = torch.arange(shared, device=device).expand(len(settings), -1)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        hooks = run.hooks("prefix", 0, positions, mask, torch.zeros(1, dtype=torch.long, device=batch.ids.device))
+        hooks = run.hooks("prefix", 0, positions, mask, torch.stack([own[0] for own in settings]).to(device))
         first_block = start.layer if start is not None else 0
         if start is not None:
-            hooks |= _begun(start.prefix, hooks, first_block)
+            hooks |= _begun(start.prefix.expand(len(settings), -1, -1), hooks, first_block)
         with self._bypass(first_block):
             _, cache = self._forward(ids, mask, positions, cache=None, hooks=hooks, keep=0, use_cache=True, stop=stop)
-        fill_blank(cache, first_block, shared)
-        cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long, device=batch.ids.device))
+        fill_blank(cache, first_block, len(settings), shared)
+        which = torch.zeros(len(batch), dtype=torch.long)
+        for i, own in enumerate(settings):
+            which[own] = i
+        cache.reorder_cache(which.to(device))
         return cache
 
     def _generate(
@@ -283,10 +287,7 @@ class Backend(Batching):
         rows = [i for part in parts for i in part]
         cache, mask = joined([cache for _, cache, _ in passed], [mask for _, _, mask in passed], rows)
         order = torch.tensor(rows).argsort()
-        run.memory |= {  # what gates decided, an entry per row
-            key: torch.cat([part.memory[key] for part in runs])[order.to(value.device)]
-            for key, value in runs[0].memory.items()
-        }
+        run.memory |= _joined_memory(runs, order)
         return logits[order.to(logits.device)], cache, mask
 
     def decode(self, replies: Replies) -> list[str]:
@@ -316,6 +317,16 @@ def _begun(
     # Recorded in inference mode, they could not be kept for a backward pass; a copy can.
     known = states.clone() if torch.is_grad_enabled() else states
     return {Site(layer): lambda x: edited(known) if edited else known}
+
+
+def _joined_memory(runs: Sequence[_Run], order: Tensor) -> dict[Any, Tensor]:
+    """What edits keep about the rows of each run, as tensors with an entry per row of all, in the given order."""
+    found: dict[Any, Tensor] = {}
+    for key, value in (entry for run in runs for entry in run.memory.items()):
+        if key not in found:  # a run without rows of a setting knows nothing of its edit
+            parts = [run.memory.get(key, value.new_zeros(len(run.batch), *value.shape[1:])) for run in runs]
+            found[key] = torch.cat(parts)[order.to(value.device)]
+    return found
 
 
 @contextmanager

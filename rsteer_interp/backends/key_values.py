@@ -22,10 +22,10 @@ def share_prefix(cache: Any, notes: list[str]) -> bool:
     return False
 
 
-def fill_blank(cache: Any, n_blocks: int, length: int) -> None:
+def fill_blank(cache: Any, n_blocks: int, rows: int, length: int) -> None:
     """Give the first blocks, which were left out and will be again, entries of that length: a cache's length is its first's."""
     for layer in cache.layers[:n_blocks]:
-        layer.keys = layer.values = torch.zeros(1, 1, length, 1)
+        layer.keys = layer.values = torch.zeros(rows, 1, length, 1)
         layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
 
 

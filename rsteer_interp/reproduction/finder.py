@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.backends.sampling import Sampling
-from rsteer_interp.evaluation import answer_log_probs, log_odds
+from rsteer_interp.evaluation import answer_log_probs, log_odds_of_each
 from rsteer_interp.nulls import Rate, random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import confidence_of, reply_and_judge
@@ -60,11 +61,11 @@ class Screen:
         self.harmful = backend.prepare(context.encode(harmful), first_layer)
         talks = context.conversations("select", preset.finder_conversations)
         self.talks = backend.prepare(context.encode(talks), first_layer, 8)
-        self.base_odds = self.odds(self.political, None)
+        self.base_odds = self.odds(self.political, [None])[0]
         self.base_answers = answer_log_probs(backend, self.talks)
 
-    def odds(self, rows: Rows, edit: Edit | None) -> Float[Tensor, " prompt"]:
-        return log_odds(self.context.backend, rows, self.tokens, edit)
+    def odds(self, rows: Rows, edits: Sequence[Edit | None]) -> Float[Tensor, "edit prompt"]:
+        return log_odds_of_each(self.context.backend, rows, self.tokens, edits)
 
     def removal(self, odds: Float[Tensor, " prompt"]) -> float:
         """Fall of the mean expected c, with the first token's refusal probability p for the share of refusals: 2p - 1."""
@@ -87,12 +88,12 @@ def find(
             def edit_of(setting: Setting) -> Edit | None:
                 return steering_for(context, vectors, setting, tokens).edit()
 
-            def removal(setting: Setting) -> float:
-                edit = edit_of(setting)
-                odds = screen.odds(screen.political, edit)
-                points[setting] = _point(screen, odds, screen.odds(screen.harmful, edit))
-                advance(1)
-                return screen.removal(odds)
+            def removals(chosen: Sequence[Setting]) -> list[float]:
+                edits = [edit_of(setting) for setting in chosen]
+                political, harmful = (screen.odds(rows, edits) for rows in (screen.political, screen.harmful))
+                points.update(zip(chosen, map(_point, political, harmful), strict=True))
+                advance(len(chosen))
+                return [screen.removal(odds) for odds in political]
 
             def judged(setting: Setting) -> float:
                 rows = select.refusing[: context.preset.judged]
@@ -111,7 +112,7 @@ def find(
             found = find_setting(
                 candidates,
                 target=target,
-                removal=removal,
+                removals=removals,
                 answer_shift=lambda setting: screen.answer_shift(edit_of(setting)),
                 judged_removal=judged,
             )
@@ -130,24 +131,28 @@ def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[
     """The unsteered point, then random unit vectors in place of the reference's directions: same amounts, same sites."""
 
     def compute() -> tuple[dict[str, Any], None]:
-        base = _point(screen, screen.base_odds, screen.odds(screen.harmful, None))
-        points = [{"method": "base", "null": False, "removal": 0.0, **base}]
-        with progress("random directions", NULL_DRAWS) as advance:
-            for draw in range(NULL_DRAWS):
-                units = random_unit_vectors(len(reference.sites), context.backend.d_model, context.seed + draw).float()
-                edit = Steering(**{**vars(reference), "directions": units, "reposition": False}).edit()
-                odds = screen.odds(screen.political, edit)
-                rates = _point(screen, odds, screen.odds(screen.harmful, edit))
-                points.append({"method": "random", "null": True, "removal": screen.removal(odds), **rates})
-                advance(1)
-        return {"points": points}, None
+        edits: list[Edit | None] = [None]
+        for draw in range(NULL_DRAWS):
+            units = random_unit_vectors(len(reference.sites), context.backend.d_model, context.seed + draw).float()
+            edits.append(Steering(**{**vars(reference), "directions": units, "reposition": False}).edit())
+        with progress("random directions", 2) as advance:
+            political = screen.odds(screen.political, edits)
+            advance(1)
+            harmful = screen.odds(screen.harmful, edits)
+            advance(1)
+        base, *random = (
+            {"removal": screen.removal(odds), **_point(odds, other)}
+            for odds, other in zip(political, harmful, strict=True)
+        )
+        points = [{"method": "base", "null": False, **base, "removal": 0.0}]
+        return {"points": points + [{"method": "random", "null": True, **point} for point in random]}, None
 
     key = {"amounts": sorted(reference.amounts.values()), "method": reference.method, "n": NULL_DRAWS}
     points: list[dict[str, Any]] = context.stage("3_finder_random", key, compute).data["points"]
     return points
 
 
-def _point(screen: Screen, political: Float[Tensor, " prompt"], harmful: Float[Tensor, " prompt"]) -> dict[str, Any]:
+def _point(political: Float[Tensor, " prompt"], harmful: Float[Tensor, " prompt"]) -> dict[str, Any]:
     """Refusal rates by the sign of the log-odds."""
     return {"political": asdict(Rate.of((political > 0).tolist())), "harmful": asdict(Rate.of((harmful > 0).tolist()))}
 

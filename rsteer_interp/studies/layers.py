@@ -19,7 +19,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.directions import ESTIMATORS, Evidence, fit_directions
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import log_odds
+from rsteer_interp.evaluation import log_odds, log_odds_of_each
 from rsteer_interp.interventions import Displace, add
 from rsteer_interp.nulls import Estimate, random_unit_vectors
 from rsteer_interp.progress import progress
@@ -145,11 +145,11 @@ def single_site(
     """Log-odds under ablation and under adding -amount, of v and then of every random direction (equal norm)."""
     prepared = backend.prepare(rows, site.layer)
     directions = [v, *random]
-    edits: list[list[Edit]] = [
-        [Displace(site, v, u) for u in directions],
-        [add({site: u}, {site: -amount}) for u in directions],
+    edits: list[Edit] = [
+        *(Displace(site, v, u) for u in directions),
+        *(add({site: u}, {site: -amount}) for u in directions),
     ]
-    return torch.stack([torch.stack([log_odds(backend, prepared, tokens, e) for e in kind]) for kind in edits])
+    return log_odds_of_each(backend, prepared, tokens, edits).view(len(EDITS), len(directions), len(prepared))
 
 
 def finding(data: dict[str, Any], n_layers: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.sampling import Sampling
-from rsteer_interp.evaluation import answer_log_probs, log_odds
+from rsteer_interp.evaluation import answer_log_probs, log_odds, log_odds_of_each
 from rsteer_interp.judges import load_judge
 from rsteer_interp.measures import refusal_log_odds
 from rsteer_interp.prompts import load_prompts
@@ -66,11 +67,11 @@ def test_configuration_search(benchmark: Any, backend: Backend, fitted: Fitted, 
         answers = answer_log_probs(backend, conversations)
         judged_settings.append(0)
 
-        def removal(setting: Setting) -> float:
-            edit = fitted.steering(setting).edit()
-            log_odds(backend, others, fitted.tokens, edit)
-            steered = log_odds(backend, political, fitted.tokens, edit)
-            return float((2 * odds.sigmoid() - 2 * steered.sigmoid()).mean())
+        def removals(chosen: Sequence[Setting]) -> list[float]:
+            edits = [fitted.steering(setting).edit() for setting in chosen]
+            log_odds_of_each(backend, others, fitted.tokens, edits)
+            steered = log_odds_of_each(backend, political, fitted.tokens, edits)
+            return (2 * odds.sigmoid() - 2 * steered.sigmoid()).mean(1).tolist()
 
         def answer_shift(setting: Setting) -> float:
             edit = fitted.steering(setting).edit()
@@ -80,7 +81,9 @@ def test_configuration_search(benchmark: Any, backend: Backend, fitted: Fitted, 
             judged_settings[-1] += 1
             return float(unsteered - replies(setting).mean())
 
-        find_setting(settings, target=TARGET, removal=removal, answer_shift=answer_shift, judged_removal=judged_removal)
+        find_setting(
+            settings, target=TARGET, removals=removals, answer_shift=answer_shift, judged_removal=judged_removal
+        )
 
     tried = settings[len(settings) // 2 + 1]
     with torch.inference_mode(), changed_inputs(model, _changes(fitted, tried)):

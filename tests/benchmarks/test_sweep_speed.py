@@ -10,7 +10,7 @@ from torch import Tensor
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.batch import Tokens
-from rsteer_interp.evaluation import log_odds
+from rsteer_interp.evaluation import log_odds, log_odds_of_each
 from rsteer_interp.interventions import ablate, add
 from rsteer_interp.measures import refusal_log_odds
 from tests.benchmarks.compare import assert_same, compare, seconds
@@ -43,7 +43,7 @@ def test_every_layer_and_coefficient(
         for layer in layers:
             site = Site(layer)
             edits = [add({site: vectors[layer - 1]}, {site: amount}) for amount in COEFFICIENTS]
-            out.append(torch.stack([log_odds(backend, prepared[layer], fitted.tokens, edit) for edit in edits]))
+            out.append(log_odds_of_each(backend, prepared[layer], fitted.tokens, edits))
         return torch.stack(out)
 
     def one_forward(layer: int, amount: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rsteer_interp.backends.batching import Rows
 from rsteer_interp.batch import ChatTemplate
-from rsteer_interp.evaluation import AnswerEffects, effects_of_each, log_odds, prompted_effects
+from rsteer_interp.evaluation import AnswerEffects, effects_of_each, log_odds_of_each, prompted_effects
 from rsteer_interp.gates import balanced_threshold
 from rsteer_interp.methods import Material, Treatment
 from rsteer_interp.progress import progress
@@ -69,7 +69,8 @@ class Reading:
             begin = min((site.layer for edit in edits.values() if edit is not None for site in edit.sites), default=0)
             late = len(chosen) > 1 and begin
             rows: Rows = backend.prepare(tokens, min(begin, backend.n_layers - 1)) if late else tokens
-            found |= {i: log_odds(backend, rows, self.study.refusal_tokens, edit) for i, edit in edits.items()}
+            odds = log_odds_of_each(backend, rows, self.study.refusal_tokens, list(edits.values()))
+            found |= zip(edits, odds, strict=True)
         return [found[i] for i in range(len(treatments))]
 
     def replies(self, texts: Mapping[str, Sequence[str]], treatment: Treatment, label: str) -> dict[str, list[Reply]]:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.backends.edits import Edit, Site
-from rsteer_interp.evaluation import log_odds
+from rsteer_interp.evaluation import log_odds, log_odds_of_each
 from rsteer_interp.gates import Gate, balanced_threshold
 from rsteer_interp.interventions import AtPositions, add, set_component
 from rsteer_interp.nulls import Rate, random_unit_vectors
@@ -84,12 +84,10 @@ def frontier(
     def compute() -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         encoded = {name: study.template.encode_all(texts[name]) for name in names}
         prepared = {name: backend.prepare(rows, layers[0]) for name, rows in encoded.items()}
-        odds = torch.zeros(len(edits) + 1, sum(map(len, chosen.values())), dtype=torch.float64)
-        with progress("frontier", len(edits) + 1) as advance:
-            for i, edit in enumerate([None, *(edit for _, edit in edits)]):
-                odds[i] = torch.cat([log_odds(backend, prepared[name], tokens, edit) for name in names])
-                advance(1)
-        return {}, {"log_odds": odds}
+        every = [None, *(edit for _, edit in edits)]
+        with progress("frontier", sum(map(len, encoded.values()))) as advance:
+            odds = [log_odds_of_each(backend, prepared[name], tokens, every, advance) for name in names]
+        return {}, {"log_odds": torch.cat(odds, 1)}
 
     key = {
         "prompts": texts,

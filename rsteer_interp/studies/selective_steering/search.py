@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.activations import mean_norms
 from rsteer_interp.backends.edits import Site
-from rsteer_interp.evaluation import log_odds
+from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import add
 from rsteer_interp.nulls import Rate
@@ -80,15 +80,11 @@ def best_bands(
 
     def compute() -> tuple[dict[str, Any], None]:
         rows = backend.prepare(study.template.encode_all(texts), min(band[0] for band in all_bands))
-        base = log_odds(backend, rows, tokens).mean()
-        shifts = []
-        with progress("ranking bands of layers", len(all_bands)) as advance:
-            for band in all_bands:
-                sites = [Site(x) for x in band]
-                edit = add({s: directions[s] for s in sites}, {s: dose * unit[s] for s in sites})
-                shifts.append(float(log_odds(backend, rows, tokens, edit).mean() - base))
-                advance(1)
-        return {"shift": shifts}, None
+        sites = [[Site(x) for x in band] for band in all_bands]
+        edits = [add({s: directions[s] for s in band}, {s: dose * unit[s] for s in band}) for band in sites]
+        with progress("ranking bands of layers", len(rows)) as advance:
+            base, *moved = log_odds_of_each(backend, rows, tokens, [None, *edits], advance).mean(1).tolist()
+        return {"shift": [odds - base for odds in moved]}, None
 
     key = {"prompts": list(texts), "tokens": tokens, "dose": dose, "bands": all_bands, "vectors": digest(directions)}
     shifts = study.stage(stage, key, compute).data["shift"]
