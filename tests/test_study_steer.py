@@ -24,7 +24,7 @@ from rsteer_interp.steering import Steering, load_steering
 from rsteer_interp.studies.selective_steering import KIND
 from rsteer_interp.studies.selective_steering.condition import holds, scores
 from rsteer_interp.studies.selective_steering.directions import families, kept_refusal
-from rsteer_interp.studies.selective_steering.replies import outcome, reply_log_probs
+from rsteer_interp.studies.selective_steering.replies import outcome, outcomes_of_each, reply_log_probs
 from rsteer_interp.studies.selective_steering.report_split import induction_targets, removal_targets
 from rsteer_interp.studies.selective_steering.search import Candidate, bands, search, steering_for
 from rsteer_interp.studies.study import Study
@@ -75,6 +75,18 @@ def test_running_only_the_edited_prompts_gives_what_running_all_gives(study: Stu
     assert torch.equal(got.edited, held)
 
 
+def test_configurations_decoded_together_give_what_each_gives(study: Study) -> None:
+    w = torch.randn(study.backend.d_model, generator=torch.Generator().manual_seed(1)).double()
+    gate = replace(
+        Gate(Site(1), w, 0.0), threshold=float(scores(study, "report", Gate(Site(1), w, 0.0), "harmful").median())
+    )
+    steerings = [_steering(study, None), _steering(study, gate), _steering(study, gate, decoding=False)]
+    for got, steering in zip(outcomes_of_each(study, "report", "harmful", steerings), steerings, strict=True):
+        alone = outcome(study, "report", "harmful", steering)
+        assert torch.equal(got.after, alone.after) and torch.equal(got.edited, alone.edited)
+        torch.testing.assert_close(got.log_prob_after, alone.log_prob_after, atol=1e-5, rtol=0)
+
+
 def test_the_families_keep_what_they_promise(study: Study) -> None:
     found, _ = families(study, study.config)  # type: ignore[arg-type]
     harm = kept_refusal(study, study.config)  # type: ignore[arg-type]
@@ -103,13 +115,13 @@ def test_doses_rise_until_the_aim_is_met_and_the_most_fluent_wins(
             self.after = torch.arange(100) < 100 * rate
             self.log_prob_after = torch.full((4,), -self.ratio).double()
 
-    def fake_outcome(study: Any, split: str, name: str, steering: Any) -> Fake:
+    def fake_outcomes(study: Any, split: str, name: str, steerings: Any) -> list[Fake]:
         assert split == "select"
-        candidate = Candidate((2, 3), -steering.alpha, steering.while_decoding)
-        asked.append((candidate.dose, candidate.while_decoding))
-        return Fake(candidate)
+        candidates = [Candidate((2, 3), -steering.alpha, steering.while_decoding) for steering in steerings]
+        asked.append([(candidate.dose, candidate.while_decoding) for candidate in candidates])
+        return [Fake(candidate) for candidate in candidates]
 
-    monkeypatch.setattr(sys.modules[search.__module__], "outcome", fake_outcome)
+    monkeypatch.setattr(sys.modules[search.__module__], "outcomes_of_each", fake_outcomes)
     layers = (2, 3)
 
     def steering_of(candidate: Candidate) -> Steering:
@@ -118,13 +130,15 @@ def test_doses_rise_until_the_aim_is_met_and_the_most_fluent_wins(
     def found(stage: str, bound: float) -> tuple[Candidate, bool]:
         candidates = {(layers, False): [0.1, 0.2, 0.4], (layers, True): [0.1]}
         rates[0.4, False] = (0.04, 2.0)
-        chosen, met, _ = search(
+        chosen, met, trials = search(
             study, study.config, stage, steering_of, "harmful", candidates, 1.0, lambda r: r.rate <= bound  # type: ignore[arg-type]
         )  # fmt: skip
+        places = [(t["candidate"]["while_decoding"], t["candidate"]["dose"]) for t in trials]
+        assert places == sorted(places), "as they were given, whatever shared a round"
         return chosen, met
 
     assert found("search_a", 0.1) == (Candidate(layers, 0.1, True), True)
-    assert asked == [(0.1, False), (0.2, False), (0.1, True)], "no dose after the first that meets the aim"
+    assert asked == [[(0.1, False), (0.1, True)], [(0.2, False)]], "no dose after the first that meets the aim"
     assert found("search_b", 0.01) == (Candidate(layers, 0.4, False), False), "else the one that comes closest"
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rsteer_interp.backends.each import Each
 from rsteer_interp.evaluation import answer_log_probs
 from rsteer_interp.nulls import Estimate
 from rsteer_interp.progress import progress
@@ -33,29 +34,41 @@ class Outcome:
 
 
 def outcome(study: Study, split: Split, name: str, steering: Steering, n: int | None = None) -> Outcome:
-    """A gate decides on the prompt alone and leaves the rest of the batch as it is, so a prompt for which it does not hold
-    has the base's reply, which is in the scores already."""
+    """Of one configuration; see `outcomes_of_each`."""
+    return outcomes_of_each(study, split, name, [steering], n)[0]
+
+
+def outcomes_of_each(
+    study: Study, split: Split, name: str, steerings: Sequence[Steering], n: int | None = None
+) -> list[Outcome]:
+    """Replies under every configuration, decoded together. A gate decides on the prompt alone and leaves the rest of the batch
+    as it is, so a prompt for which it does not hold has the base's reply, which is in the scores already."""
     base = study.replies(split, name, n)
-    edited = torch.ones(len(base.refused), dtype=torch.bool)
-    if steering.gate is not None:
-        edited = holds(study, steering.gate, split, name, n)
-    after, log_prob = base.refused.clone(), base.log_prob.clone()
-    rows = edited.nonzero()[:, 0].tolist()
-    if rows:
-        texts = [base.texts[i] for i in rows]
-        with progress(f"steered replies, {split} {name}", len(texts)) as advance:
+    found: list[Outcome] = []
+    for steering in steerings:
+        edited = torch.ones(len(base.refused), dtype=torch.bool)
+        if steering.gate is not None:
+            edited = holds(study, steering.gate, split, name, n)
+        found.append(Outcome(base.refused, base.refused.clone(), edited, base.log_prob, base.log_prob.clone()))
+    run = [(setting, i) for setting, got in enumerate(found) for i in got.edited.nonzero()[:, 0].tolist()]
+    if run:
+        texts = [base.texts[i] for _, i in run]
+        rows = [replace(study.template.encode(base.texts[i]), setting=setting) for setting, i in run]
+        with progress(f"steered replies, {split} {name}", len(rows)) as advance:
             replies = reply_and_judge(
                 study.backend,
-                study.template.encode_all(texts),
+                rows,
                 texts,
                 study.judge,
                 max_new_tokens=study.config.tokens,
-                edit=steering.edit(),
+                edit=Each(tuple(steering.edit() for steering in steerings)),
                 on_batch=advance,
             )
-        after[edited] = torch.tensor([group[0].verdict.refused for group in replies])
-        log_prob[edited] = reply_log_probs(study, texts, [group[0].text for group in replies])
-    return Outcome(base.refused, after, edited, base.log_prob, log_prob)
+        log_probs = reply_log_probs(study, texts, [group[0].text for group in replies])
+        for (setting, i), group, log_prob in zip(run, replies, log_probs, strict=True):
+            found[setting].after[i] = group[0].verdict.refused
+            found[setting].log_prob_after[i] = log_prob
+    return found
 
 
 def reply_log_probs(study: Study, prompts: Sequence[str], replies: Sequence[str]) -> Float[Tensor, " prompt"]:

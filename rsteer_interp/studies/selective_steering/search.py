@@ -19,7 +19,7 @@ from rsteer_interp.nulls import Rate
 from rsteer_interp.progress import progress
 from rsteer_interp.steering import Steering, make_steering
 from rsteer_interp.studies.selective_steering.directions import Directions
-from rsteer_interp.studies.selective_steering.replies import outcome, perplexity
+from rsteer_interp.studies.selective_steering.replies import outcomes_of_each, perplexity
 from rsteer_interp.studies.study import Study
 
 if TYPE_CHECKING:
@@ -107,18 +107,20 @@ def search(
     meet it the one with the smallest perplexity under the unsteered model, else the one that comes closest."""
 
     def compute() -> tuple[dict[str, Any], None]:
-        trials: list[Judged] = []
+        trials: dict[Any, list[Judged]] = {place: [] for place in candidates}
+        rising = {place: iter(doses) for place, doses in candidates.items()}
         with progress(f"searching doses, {name}", len(candidates)) as advance:
-            for (layers, decoding), doses in candidates.items():
-                for dose in doses:
-                    candidate = Candidate(layers, dose, decoding)
-                    got = outcome(study, "select", name, steering_of(candidate))
-                    ratio = perplexity(got.log_prob_after).value / base_perplexity
-                    trials.append(Judged(candidate, Rate.of(got.after.tolist()), ratio))
-                    if met(trials[-1].refused):
-                        break
-                advance(1)
-        return {"trials": [asdict(t) for t in trials]}, None
+            while rising:  # a round is the next dose of every (band, phase) that goes on
+                chosen = {place: dose for place, doses in rising.items() if (dose := next(doses, None)) is not None}
+                trying = [Candidate(layers, dose, decoding) for (layers, decoding), dose in chosen.items()]
+                got = outcomes_of_each(study, "select", name, [steering_of(each) for each in trying])
+                for place, candidate, after in zip(chosen, trying, got, strict=True):
+                    ratio = perplexity(after.log_prob_after).value / base_perplexity
+                    trials[place].append(Judged(candidate, Rate.of(after.after.tolist()), ratio))
+                before = len(rising)
+                rising = {place: rising[place] for place in chosen if not met(trials[place][-1].refused)}
+                advance(before - len(rising))
+        return {"trials": [asdict(t) for each in trials.values() for t in each]}, None
 
     first = next(iter(candidates))
     vectors = steering_of(Candidate(first[0], candidates[first][0], first[1]))
