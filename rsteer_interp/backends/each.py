@@ -63,12 +63,11 @@ class Each:
                 continue
             chosen = here.nonzero()[:, 0].to(x.device)
             rows = torch.searchsorted(own, current[here]).to(x.device)
-            mine = {key: value[own] for (owner, key), value in at.memory.items() if owner == setting}
-            spot = At(
-                at.site, at.phase, at.step, at.positions[chosen], at.mask[chosen], rows, part, memory := dict(mine)
-            )
+            known = {key: value[own.to(value.device)] for (s, key), value in at.memory.items() if s == setting}
+            memory = dict(known)
+            spot = At(at.site, at.phase, at.step, at.positions[chosen], at.mask[chosen], rows, part, memory)
             out[chosen] = edit(x[chosen], spot).to(x.dtype)
-            new = {key: value for key, value in memory.items() if value is not mine.get(key)}
+            new = {key: value for key, value in memory.items() if value is not known.get(key)}
             _keep(at.memory, setting, new, own, len(at.batch))
         return out
 
