@@ -148,9 +148,6 @@ class Moments:
         shift = self.mean if about is None else self.mean - about.to(self.mean)
         return self.covariance + torch.outer(shift, shift)
 
-    def add(self, states: Float[Tensor, "n d"], weights: Float[Tensor, " n"] | None = None) -> Moments:
-        return self.merge(Moments.of(states, weights))
-
     def merge(self, other: Moments) -> Moments:
         """The statistics of both samples together, exact up to float64 rounding."""
         if self.d != other.d:
@@ -242,9 +239,8 @@ def reduce(moments: Moments, group: dist.ProcessGroup | None = None) -> Moments:
     merged = Moments.empty(moments.d)
     for head, values in zip(heads, _gather(padded, group), strict=True):
         matrix = values[: int(head[4])].cpu()
-        scatter = Scatter(packed=matrix) if head[3] else Scatter(rows=matrix.view(-1, moments.d))
-        count, weight, squared_weight = head[:3].tolist()
-        merged = merged.merge(Moments(int(count), weight, squared_weight, head[5:].cpu(), scatter))
+        kept = {"packed": matrix} if head[3] else {"rows": matrix.view(-1, moments.d)}
+        merged = merged.merge(Moments.from_tensors({"sums": head[:3], "mean": head[5:].cpu(), **kept}))
     return merged
 
 

@@ -52,7 +52,7 @@ def test_streamed_equals_one_shot(sizes: tuple[int, ...], d: int) -> None:
     x, w = sample(30, d)
     streamed, running = Moments.empty(d), RunningMoments(d)
     for part, weights in zip(x.split(sizes), w.split(sizes), strict=True):
-        streamed = streamed.add(part, weights)
+        streamed = streamed.merge(Moments.of(part, weights))
         running.add(part, weights)
         assert_same(running.moments(), streamed)
     assert_same(streamed, Moments.of(x, w))
