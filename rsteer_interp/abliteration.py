@@ -32,10 +32,11 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_log_probs, log_odds
-from rsteer_interp.nulls import Estimate, Rate, cosine, random_unit_vectors
+from rsteer_interp.nulls import cosine, random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split, load_prompts
 from rsteer_interp.results import Provenance, save_result
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.vector_controls import opening_token_ids
 from rsteer_interp.vector_formats import load_vectors
 from rsteer_interp.weight_edit import (

@@ -23,7 +23,7 @@ from rsteer_interp.directions import Evidence, MeanDifference, fit_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds
 from rsteer_interp.interventions import AblateSubspace, Everywhere
-from rsteer_interp.nulls import Estimate, Rate
+from rsteer_interp.statistics.intervals import Estimate, Rate
 
 DEEPEST = 0.8  # a direction read at or below this share of the depth is not chosen
 

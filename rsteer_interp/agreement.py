@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.nulls import Estimate, Rate
+from rsteer_interp.statistics.intervals import Estimate, Rate
 
 
 @dataclass(frozen=True)

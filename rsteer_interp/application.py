@@ -17,12 +17,12 @@ from rsteer_interp.backends.edits import Edit
 from rsteer_interp.complete_folder import held, publish
 from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge
-from rsteer_interp.nulls import Rate
 from rsteer_interp.processes import is_first
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Prompt, load_prompts
 from rsteer_interp.refusal_scores import Reply, cut, reply_and_judge
 from rsteer_interp.results import Provenance
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.steering import load_steering
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.spectrum import participation_ratio
+from rsteer_interp.statistics.intervals import Estimate
 
 
 @dataclass(frozen=True)

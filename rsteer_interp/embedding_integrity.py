@@ -23,8 +23,8 @@ from rsteer_interp.batch import Batch, Tokens
 from rsteer_interp.embedding_noise import EmbeddingNoise, Noise, RecordTokens, instruction_embeddings, noise_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.measures import kl_divergence, refusal_log_odds
-from rsteer_interp.nulls import Rate
 from rsteer_interp.random_audit import Standing
+from rsteer_interp.statistics.intervals import Rate
 
 DOSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 REGIMES: Mapping[str, float] = MappingProxyType({"noticeable": 0.1, "different": 1.0, "broken": 4.0})

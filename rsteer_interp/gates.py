@@ -22,8 +22,8 @@ from rsteer_interp.backends.edits import At, Edit, Site, rowwise
 from rsteer_interp.directions.ridge import ridge_solve
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.pooling import Pooling, pooled
+from rsteer_interp.statistics.intervals import Estimate
 
 Score = Literal["projection", "cosine"]
 

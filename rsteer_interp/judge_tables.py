@@ -29,8 +29,8 @@ from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge, Verdict
 from rsteer_interp.judges.local import sigmoid
 from rsteer_interp.judges.responses import Response, read_responses
-from rsteer_interp.nulls import Rate
 from rsteer_interp.results import Provenance, save_result
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.vector_controls import opening_token_ids
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Intervals and nulls: what stands beside every number (rates, means, correlations, cosines, paired differences)."""
+"""Nulls of directions: random vectors, permuted labels, split halves, and the exact null of a cosine."""
 
 from __future__ import annotations
 
@@ -9,69 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A proportion count / n with its Wilson (1927) interval. Prints as `81/340 = 24 % (20 to 29)`."""
-
-    count: int
-    n: int
-    rate: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, flags: ArrayLike, confidence: float = 0.95) -> Rate:
-        values = np.asarray(flags, dtype=bool)
-        return cls.from_count(int(values.sum()), len(values), confidence)
-
-    @classmethod
-    def from_count(cls, count: int, n: int, confidence: float = 0.95) -> Rate:
-        if n == 0:
-            raise UserError("a rate over no prompts; keep at least one prompt")
-        interval = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
-        return cls(count, n, count / n, float(interval.low), float(interval.high))
-
-    def __str__(self) -> str:
-        return f"{self.count}/{self.n} = {100 * self.rate:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f})"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its interval and n: BCa bootstrap (Efron 1987), Student's t under ten values. Units of the values."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, values: ArrayLike, confidence: float = 0.95, *, n_draws: int = 2000, seed: int = 0) -> Estimate:
-        """UserError for fewer than two values or one that is not finite. Equal values give an interval of no width."""
-        x = np.asarray(values, dtype=float)
-        if len(x) < 2 or not np.isfinite(x).all():
-            raise UserError(f"a mean with an interval needs two finite values or more (n = {len(x)}); add prompts")
-        mean = float(x.mean())
-        if np.ptp(x) == 0:
-            return cls(mean, mean, mean, len(x))
-        if len(x) < 10:
-            half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-            return cls(mean, mean - half, mean + half, len(x))
-        rng = np.random.default_rng(seed)
-        interval = stats.bootstrap(
-            (x,), np.mean, n_resamples=n_draws, confidence_level=confidence, method="BCa", batch=256, rng=rng
-        ).confidence_interval
-        return cls(mean, float(interval.low), float(interval.high), len(x))
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g}, n = {self.n})"
+from rsteer_interp.statistics.draws import p_value, percentiles
+from rsteer_interp.statistics.intervals import membership
+from rsteer_interp.statistics.resampling import permutations
 
 
 def random_unit_vectors(n: int, d: int, seed: int, like: Moments | None = None) -> Float[Tensor, "n d"]:
@@ -136,31 +81,18 @@ def max_correlation_null(
     n = len(y)
     if n < 3 or not bool(torch.isfinite(x).all() & torch.isfinite(y).all()):
         raise UserError(f"a correlation needs finite values of three prompts or more (n = {n})")
-    member = (
-        torch.from_numpy(np.unique(list(groups), return_inverse=True)[1])
-        if groups
-        else torch.zeros(n, dtype=torch.long)
-    )
+    member = torch.from_numpy(membership(groups)) if groups is not None else torch.zeros(n, dtype=torch.long)
     x, y = _standardised(x, member), _standardised(y[:, None], member)[:, 0]
-    order = member.argsort(stable=True)
-    keys = member[None] + torch.rand(
-        n_permutations, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    permuted = torch.empty(n_permutations, n, dtype=torch.float64)
-    permuted[:, order] = y[keys.argsort(dim=1)]
-    null = permuted @ x
-    observed = y @ x
-    null_max, tail = null.abs().amax(1), (1 - confidence) / 2
-    low, high = torch.quantile(null, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-    # Ties up to rounding count as reached, so a permutation that changes nothing never counts as less.
-    reached = int((null_max >= observed.abs().max() - 1e-12).sum())
+    null = y[permutations(n, n_permutations, seed, within=groups)] @ x
+    observed, null_max = y @ x, null.abs().amax(1)
+    low, high = percentiles(null, confidence)
     return CorrelationNull(
         tuple(observed.tolist()),
         tuple(low.tolist()),
         tuple(high.tolist()),
         tuple(null_max.tolist()),
         n,
-        (1 + reached) / (1 + n_permutations),
+        float(p_value(float(observed.abs().max()), null_max, "greater")),
     )
 
 

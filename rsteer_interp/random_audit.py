@@ -26,8 +26,9 @@ from rsteer_interp.backends.edits import Edit, Site, compose
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds_of_each
-from rsteer_interp.nulls import Estimate, Rate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.random_push import COHERENT_KL, DOSES, Guard, coherence, push
+from rsteer_interp.statistics.intervals import Estimate, Rate
 
 GUARD_VECTORS = 2  # random vectors over which the guard's KL is averaged
 

@@ -20,7 +20,8 @@ from rsteer_interp.batch import Tokens
 from rsteer_interp.equal_norm import Redirected
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds_of_each
-from rsteer_interp.nulls import Estimate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.steering import Steering
 
 

@@ -23,8 +23,9 @@ from rsteer_interp.backends import load_backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.evaluation import log_odds
-from rsteer_interp.nulls import Estimate, Rate, cosine
+from rsteer_interp.nulls import cosine
 from rsteer_interp.results import load_result
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.vector_formats import save_vectors
 from rsteer_interp.weight_edit import RECORD, writer_ablation, writer_sites
 from tests.refusing_model import save_refusing, write_sets

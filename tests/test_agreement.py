@@ -11,7 +11,7 @@ from scipy import stats
 
 from rsteer_interp.agreement import Agreement, auc_estimate
 from rsteer_interp.errors import UserError
-from rsteer_interp.nulls import Rate
+from rsteer_interp.statistics.intervals import Rate
 
 
 def test_a_table_by_hand() -> None:

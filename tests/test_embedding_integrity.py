@@ -25,7 +25,7 @@ from rsteer_interp.embedding_noise import EmbeddingNoise, instruction_embeddings
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.measures import kl_divergence
-from rsteer_interp.nulls import Rate
+from rsteer_interp.statistics.intervals import Rate
 from tests.tiny_models import KINDS, PROMPTS, Kind, tiny_backend, tiny_rows
 
 TOKENS = (5, 9, 30)

@@ -23,8 +23,8 @@ from rsteer_interp.evaluation import log_odds
 from rsteer_interp.judge_tables import KIND, JudgeTable, LogOddsJudge, judge_table, recorded_log_odds
 from rsteer_interp.judges.base import UNDECIDED, Verdict
 from rsteer_interp.judges.responses import Response
-from rsteer_interp.nulls import Rate
 from rsteer_interp.results import load_result
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.vector_controls import opening_token_ids
 from tests.refusing_model import save_refusing, texts
 

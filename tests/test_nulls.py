@@ -14,8 +14,6 @@ from torch import Tensor
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import (
-    Estimate,
-    Rate,
     cosine,
     cosine_null,
     false_discovery,
@@ -23,6 +21,7 @@ from rsteer_interp.nulls import (
     random_unit_vectors,
     split_half,
 )
+from rsteer_interp.statistics.intervals import Estimate, Rate
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -38,7 +37,7 @@ def test_wilson_intervals_of_the_paper(count: int, n: int, low: float, high: flo
     assert (100 * rate.low, 100 * rate.high) == pytest.approx((low, high), abs=0.05)
     assert Rate.of([True] * count + [False] * (n - count)) == rate
     assert Rate.of(torch.arange(n) < count) == rate
-    assert asdict(rate).keys() == {"count", "n", "rate", "low", "high"}
+    assert asdict(rate).keys() == {"count", "n", "rate", "low", "high", "units"}
 
 
 def test_a_rate_prints_with_its_denominator() -> None:

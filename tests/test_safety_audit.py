@@ -21,13 +21,13 @@ from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import Affine, add
 from rsteer_interp.judges import JUDGES
 from rsteer_interp.methods import Treatment
-from rsteer_interp.paired import PairedRates
 from rsteer_interp.refusal_scores import reply_and_judge
 from rsteer_interp.report.audit_page import render_audit
 from rsteer_interp.report.page import write_overview
 from rsteer_interp.results import Provenance, load_result
 from rsteer_interp.safety_audit import Plan, Subject, audit, content_digest, decide
 from rsteer_interp.safety_audit.measures import conversation_effects
+from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.steering import Steering, make_steering
 from tests.page_reading import Reading, check_own_markup_only
 from tests.reproduce_fixture import HOSTILE

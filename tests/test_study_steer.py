@@ -17,9 +17,10 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.directions.retain import null_space
 from rsteer_interp.gates import Gate
-from rsteer_interp.nulls import Estimate, Rate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.refusal_scores import reply_and_judge
 from rsteer_interp.results import load_result
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.steering import Steering, load_steering
 from rsteer_interp.studies.selective_steering import KIND
 from rsteer_interp.studies.selective_steering.condition import holds, scores

@@ -24,8 +24,9 @@ from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import add, set_component
 from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
 from rsteer_interp.methods.refusal_steering import best_layers, evidence
-from rsteer_interp.nulls import Estimate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.selection import steerable_layers
+from rsteer_interp.statistics.intervals import Estimate
 
 N_CHECKED = 24  # prompts of either kind on which standardisation is measured
 Vectors = Mapping[Site, Float[Tensor, " d"]]

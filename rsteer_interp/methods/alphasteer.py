@@ -32,10 +32,10 @@ from rsteer_interp.methods.base import Check, Examples, Fitted, Material, Treatm
 from rsteer_interp.methods.refusal_steering import evidence
 from rsteer_interp.methods.selective import band, norms
 from rsteer_interp.moments import Moments, Scatter
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.pooling import pooled
 from rsteer_interp.prompts import load_prompts
 from rsteer_interp.spectrum import EnergyShares, energy_shares, spectrum
+from rsteer_interp.statistics.intervals import Estimate
 
 N_UNUSUAL = 32  # prompts on which leakage is checked
 PENALTY = 10.0  # the authors' code, in squared activation units

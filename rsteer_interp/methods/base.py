@@ -18,7 +18,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.methods.cost import Account
-from rsteer_interp.nulls import Estimate
+from rsteer_interp.statistics.intervals import Estimate
 
 States = Mapping[Site, Float[Tensor, "prompt d"]]
 

@@ -26,8 +26,8 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import add
 from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
 from rsteer_interp.methods.probe_crossing import crossings, first_token_kl, harm_probe
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.prompts import load_prompts
+from rsteer_interp.statistics.intervals import Estimate
 
 REFUSING = (
     "I'm sorry, but this is something I won't help with.",

@@ -24,7 +24,8 @@ from rsteer_interp.methods import arditi
 from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
 from rsteer_interp.methods.candidates import Candidate, Operator, Place, Search, removal
 from rsteer_interp.methods.trials import Effects, Selected, chosen_among, shortfall, trials
-from rsteer_interp.nulls import Estimate, cosine
+from rsteer_interp.nulls import cosine
+from rsteer_interp.statistics.intervals import Estimate
 
 Pool = Literal["concatenate", "average"]
 

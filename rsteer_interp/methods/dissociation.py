@@ -25,7 +25,8 @@ from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import AblateSubspace, Affine
 from rsteer_interp.measures import refusal_log_odds
 from rsteer_interp.methods.dbdi import TwoDirections
-from rsteer_interp.nulls import Estimate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.statistics.intervals import Estimate
 
 Cause = Literal["project_execution", "shift_detection"]
 ReadOut = Literal["refusal_log_odds", "harm_probe"]

@@ -24,7 +24,8 @@ from rsteer_interp.gates import Gate, balanced_threshold, discriminant
 from rsteer_interp.interventions import add
 from rsteer_interp.measures import kl_divergence
 from rsteer_interp.moments import Moments
-from rsteer_interp.nulls import Estimate, Rate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.statistics.intervals import Estimate, Rate
 
 Amounts = Mapping[Site, float]
 Vectors = Mapping[Site, Float[Tensor, " d"]]

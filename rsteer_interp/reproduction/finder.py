@@ -13,7 +13,7 @@ from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.evaluation import answer_log_probs, log_odds_of_each
-from rsteer_interp.nulls import Rate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import confidence_of, reply_and_judge
 from rsteer_interp.reproduction.context import Context
@@ -21,6 +21,7 @@ from rsteer_interp.reproduction.presets import HARMFUL
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import Vectors
 from rsteer_interp.selection import Setting, find_setting, grid
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.steering import Steering, make_steering
 
 NULL_DRAWS = 6

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from rsteer_interp.evaluation import ANSWER_ROWS, AnswerEffects, effects_of_each
-from rsteer_interp.nulls import Estimate, Rate
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import Reply, cut, reply_and_judge
 from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.presets import HARMFUL
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.steering import Steering
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.measures import refusal_tokens
-from rsteer_interp.nulls import Rate
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
 from rsteer_interp.refusal_scores import NEUTRAL_BAND, REFUSES_ABOVE, confidence_of, reply_and_judge
 from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.presets import POLITICAL
+from rsteer_interp.statistics.intervals import Rate
 
 LEAST_CLASS = 8  # fewest refusing and complying fit prompts on which a direction is estimated
 

@@ -26,8 +26,6 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.judges.base import Judge
 from rsteer_interp.measures import refusal_tokens
 from rsteer_interp.methods.base import Treatment
-from rsteer_interp.nulls import Estimate
-from rsteer_interp.paired import PairedRates
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import KEPT_TOKENS, cut, reply_and_judge
 from rsteer_interp.results import Provenance, stage
@@ -44,6 +42,8 @@ from rsteer_interp.safety_audit.plan import ROLES, Plan, Role
 from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, threshold
 from rsteer_interp.safety_audit.subject import Subject, content_digest
 from rsteer_interp.safety_audit.verdict import Verdict, decide
+from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.steering import Steering
 
 __all__ = ["Audit", "Plan", "Subject", "Verdict", "audit", "content_digest", "decide"]

@@ -20,9 +20,9 @@ from rsteer_interp.embedding_integrity import changed_tokens, embedding_digest, 
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import ANSWER_ROWS, answer_log_probs
 from rsteer_interp.measures import kl_divergence, masked_mean, token_log_probs
-from rsteer_interp.nulls import Estimate, Rate
 from rsteer_interp.random_audit import LayerAudit, push_changes, random_audit
 from rsteer_interp.safety_audit.subject import Subject
+from rsteer_interp.statistics.intervals import Estimate, Rate
 
 LEAST_PUSHED = 4  # refused prompts with which random pushes are compared before and after
 

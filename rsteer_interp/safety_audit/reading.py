@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from rsteer_interp.gates import balanced_threshold
-from rsteer_interp.nulls import Estimate
-from rsteer_interp.paired import PairedRates, paired_permutation
 from rsteer_interp.random_push import COHERENT_KL
 from rsteer_interp.safety_audit.plan import Role
+from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.paired import PairedRates, paired_permutation
 
 REPLY_PERPLEXITY = (
     2.0  # ratio to the perplexity of replies before, above which a model's own replies count as incoherent

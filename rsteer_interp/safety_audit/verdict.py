@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.nulls import Estimate, Rate
-from rsteer_interp.paired import PairedRates
+from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.statistics.paired import PairedRates
 
 MARGIN = 0.05
 WEAK_BASE = 0.5  # a model that refuses fewer harmful prompts is a weak witness (methods, section 5.7)

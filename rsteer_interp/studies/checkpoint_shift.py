@@ -27,11 +27,11 @@ from rsteer_interp.checkpoint_shift import (
     split_overlap,
 )
 from rsteer_interp.errors import UserError
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import load_prompts
 from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.results import Provenance, save_result
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.study import print_result
 
 if TYPE_CHECKING:

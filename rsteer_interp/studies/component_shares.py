@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from rsteer_interp.nulls import Estimate, false_discovery
+from rsteer_interp.nulls import false_discovery
+from rsteer_interp.statistics.intervals import Estimate
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.backends.transformerlens import TransformerLensBackend
 from rsteer_interp.errors import UserError
 from rsteer_interp.heads import Head, ablated_log_odds, last_heads
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import NEUTRAL_BAND
 from rsteer_interp.reproduction.scores import Scored
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.component_shares import SPANS, against_random, mass_by_span
 from rsteer_interp.studies.study import Study
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rsteer_interp.activations import mean_norms
 from rsteer_interp.backends.edits import Site
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.progress import progress
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.dimension_inputs import Inputs
 from rsteer_interp.studies.dimension_runs import Bases, ablation_sweep, control_sweep, push_sweep, reach
 from rsteer_interp.studies.dimension_sweep import sweep_curve, to_match

@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from rsteer_interp.nulls import Estimate, false_discovery
+from rsteer_interp.nulls import false_discovery
+from rsteer_interp.statistics.intervals import Estimate
 
 
 def sweep_curve(

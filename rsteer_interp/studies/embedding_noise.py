@@ -16,9 +16,9 @@ from rich.table import Table
 from rsteer_interp.embedding_integrity import REGIMES, Response, blind_radius, embedding_digest, embedding_response
 from rsteer_interp.embedding_noise import Noise, instruction_embeddings, noise_directions
 from rsteer_interp.errors import UserError
-from rsteer_interp.nulls import Estimate
-from rsteer_interp.paired import paired_permutation
 from rsteer_interp.progress import progress
+from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.paired import paired_permutation
 from rsteer_interp.studies.study import Study
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from rsteer_interp.activations import last_states
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.interventions import Displace
-from rsteer_interp.nulls import Estimate, false_discovery
+from rsteer_interp.nulls import false_discovery
+from rsteer_interp.statistics.intervals import Estimate
 
 Units = dict[Site, Float[Tensor, "kind d"]]
 

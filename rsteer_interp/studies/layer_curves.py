@@ -13,7 +13,8 @@ from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.concentration import Concentration, concentration, of_draws
-from rsteer_interp.nulls import Estimate, false_discovery, max_correlation_null
+from rsteer_interp.nulls import false_discovery, max_correlation_null
+from rsteer_interp.statistics.intervals import Estimate
 
 
 def read_out(

@@ -21,12 +21,13 @@ from rsteer_interp.directions import ESTIMATORS, Evidence, fit_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds, log_odds_of_each
 from rsteer_interp.interventions import Displace, add
-from rsteer_interp.nulls import Estimate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import States
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 

@@ -18,12 +18,12 @@ from rsteer_interp.backends.edits import Point, Site
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.patching import Cell, all_states, patched_log_odds
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import NEUTRAL_BAND
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.patch_map import Pair, control, hand_over, held_out_best, make_pairs, patch_map
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 

@@ -13,7 +13,8 @@ from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.batch import Tokens
-from rsteer_interp.nulls import Estimate, false_discovery
+from rsteer_interp.nulls import false_discovery
+from rsteer_interp.statistics.intervals import Estimate
 
 PERMUTATIONS = 9999
 

@@ -21,12 +21,12 @@ from rsteer_interp.directions.mean_difference import MeanDifference
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.gates import balanced_threshold
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import load_prompts
 from rsteer_interp.random_audit import LayerAudit, RandomAudit, aggregation, audited_layers, random_audit
 from rsteer_interp.random_push import Guard
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:

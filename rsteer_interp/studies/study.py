@@ -28,7 +28,6 @@ from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge
-from rsteer_interp.nulls import Rate
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Prompt, Split, load_prompts
 from rsteer_interp.refusal_scores import REFUSES_ABOVE, confidence_of, reply_and_judge
@@ -37,6 +36,7 @@ from rsteer_interp.reproduction.presets import GENERAL, HARMFUL, MATCHED, POLITI
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens
 from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.results import Provenance, Result, key_digest, save_result, stage
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.studies.config import INCIDENTAL, StudyConfig
 
 C = TypeVar("C", bound=StudyConfig, contravariant=True)

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from rsteer_interp.nulls import Estimate, false_discovery
+from rsteer_interp.nulls import false_discovery
+from rsteer_interp.statistics.intervals import Estimate
 
 
 def cells(

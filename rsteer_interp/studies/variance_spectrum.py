@@ -16,8 +16,8 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from rsteer_interp.moments import Moments
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.spectrum import spectrum
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.subspaces import distinct, shuffled
 
 Contrast = Callable[[Int[Tensor, " n"]], Float[Tensor, "m d"]]

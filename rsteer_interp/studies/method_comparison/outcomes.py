@@ -10,9 +10,10 @@ import torch
 
 from rsteer_interp.methods import Treatment
 from rsteer_interp.methods.base import Fitted
-from rsteer_interp.nulls import Estimate, Rate, false_discovery
-from rsteer_interp.paired import PairedRates
+from rsteer_interp.nulls import false_discovery
 from rsteer_interp.prompts import Prompt
+from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.studies.method_comparison.reading import Reading
 from rsteer_interp.studies.method_comparison.selection import Chosen
 from rsteer_interp.studies.selective_steering.replies import perplexity, reply_log_probs

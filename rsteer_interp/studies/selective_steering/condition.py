@@ -15,10 +15,10 @@ from rsteer_interp.activations import instruction_means, last_states
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.gates import Gate, balanced_threshold, discriminant, roc
 from rsteer_interp.moments import Moments
-from rsteer_interp.nulls import Rate
 from rsteer_interp.pooling import POOLINGS, Pooling
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split, load_prompts
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.studies.study import Study, place
 
 FITTED = 256  # most fit prompts of a set for a condition

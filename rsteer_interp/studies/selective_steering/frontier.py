@@ -18,9 +18,10 @@ from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.evaluation import log_odds, log_odds_of_each
 from rsteer_interp.gates import Gate, balanced_threshold
 from rsteer_interp.interventions import AtPositions, add, set_component
-from rsteer_interp.nulls import Rate, random_unit_vectors
+from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.studies.selective_steering.condition import holds
 from rsteer_interp.studies.selective_steering.directions import PAPER, Directions
 from rsteer_interp.studies.selective_steering.search import digest

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rsteer_interp.backends.each import Each
 from rsteer_interp.evaluation import answer_log_probs
-from rsteer_interp.nulls import Estimate
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
 from rsteer_interp.refusal_scores import reply_and_judge
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.steering import Steering
 from rsteer_interp.studies.selective_steering.condition import holds
 from rsteer_interp.studies.study import Study

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rsteer_interp.evaluation import answer_effects
-from rsteer_interp.nulls import Estimate, Rate
-from rsteer_interp.paired import PairedRates
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import load_prompts
+from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.steering import Steering
 from rsteer_interp.studies.selective_steering.replies import Outcome, outcome, perplexity
 from rsteer_interp.studies.study import Study

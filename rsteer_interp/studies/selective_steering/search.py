@@ -15,8 +15,8 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import add
-from rsteer_interp.nulls import Rate
 from rsteer_interp.progress import progress
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.steering import Steering, make_steering
 from rsteer_interp.studies.selective_steering.directions import Directions
 from rsteer_interp.studies.selective_steering.replies import outcomes_of_each, perplexity
