@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ class Scored:
     sets: list[str]
     subjects: list[str]
     confidence: Float[Tensor, " prompt"]
+
+    def subset(self, index: Sequence[int]) -> Scored:
+        """Some of the prompts, in the order given."""
+        texts, sets, subjects = ([each[i] for i in index] for each in (self.texts, self.sets, self.subjects))
+        return Scored(texts, sets, subjects, self.confidence[list(index)])
 
     @property
     def groups(self) -> list[tuple[str, str]]:
