@@ -66,7 +66,9 @@ class Rate:
 
     def __str__(self) -> str:
         clusters = f", {self.units} clusters" if self.units < self.n else ""
-        return f"{self.count}/{self.n} = {100 * self.rate:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f}{clusters})"
+        return (
+            f"{self.count}/{self.n} = {100 * self.rate:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f}{clusters})"
+        )
 
 
 @dataclass(frozen=True)
