@@ -34,6 +34,8 @@ class Config(StudyConfig):
     """Prompt set whose refusals are to stay."""
     ordinary: tuple[str, ...] = ("harmless_matched", "general")
     """Prompt sets that methods may learn to leave alone."""
+    protect: tuple[str, ...] = ("conversations", "taxes")
+    """Prompt sets whose fit prompts, and the unjudged ones of those above, a method may learn to leave alone."""
     watch: tuple[str, ...] = ("borderline", "general", "unusual")
     """Prompt sets on which over-refusal is reported."""
     target: float = 0.7

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 KIND = "compare_methods"
 QUESTION = "Which method removes political refusal at the least cost in safety, over-refusal and ordinary answers?"
 NULL = "random"  # the method whose directions are random: what any push of that dose does
+PROTECTED = 512  # most unjudged fit prompts of a set that methods learn to leave alone
 LEAST = 8  # fewest refused prompts of either set
 
 
@@ -88,7 +89,20 @@ def material_of(study: Study, config: Config) -> Material:
         config.keep,
         config.ordinary,
         config.seed,
+        protected_prompts(study, config),
     )
+
+
+def protected_prompts(study: Study, config: Config) -> tuple[str, ...]:
+    """Fit prompts to be left alone that nobody judges: what is left of the kept and ordinary sets, and the sets to protect. A null
+    space of protected states needs hundreds of them, as many as it leaves out dimensions."""
+    judged = {p.prompt for name in (config.keep, *config.ordinary) for p in study.prompts("fit", name)}
+    texts: list[str] = []
+    for name in dict.fromkeys((config.keep, *config.ordinary, *config.protect)):
+        found = load_prompts(name)
+        own = any(prompt.split == "fit" for prompt in found)  # the conversations have no fit prompts of their own
+        texts += (found if own else found.unsplit).split("fit").sample(PROTECTED, config.seed).texts
+    return tuple(text for text in dict.fromkeys(texts) if text not in judged)
 
 
 def measure(study: Study, config: Config, reading: Reading, method: Method) -> dict[str, Any]:
@@ -170,6 +184,7 @@ def _key(study: Study, config: Config, method: Method) -> dict[str, Any]:
     key |= {"widened": WIDENED, "read": "judged replies"}
     sets = (config.remove, config.contrast, config.keep, *config.ordinary, *config.watch)
     key["prompts"] = [p.prompt for s in ("fit", "select", "report") for name in sets for p in study.prompts(s, name)]  # type: ignore[arg-type]
+    key["protected"] = protected_prompts(study, config)
     return key
 
 
