@@ -180,8 +180,9 @@ def roc(
     low, high = percentiles(null)
     # roc_curve starts at an infinite threshold, at which nothing holds; results hold finite numbers.
     finite = np.where(np.isfinite(thresholds), thresholds, scores.max() + 1)
-    curve = (tuple(x.tolist()) for x in (finite, false_rate, true_rate))
-    return Roc(*curve, area, (float(low), float(high)))
+    return Roc(
+        tuple(finite.tolist()), tuple(false_rate.tolist()), tuple(true_rate.tolist()), area, (float(low), float(high))
+    )
 
 
 def balanced_threshold(inside: Float[Tensor, " n"], outside: Mapping[str, Float[Tensor, " m"]]) -> float:

@@ -18,7 +18,8 @@ from scipy import stats
 
 from rsteer_interp.errors import UserError
 
-Clusters = Sequence[Hashable] | NDArray[np.generic] | None
+Labels = Sequence[Hashable] | NDArray[np.generic]
+Clusters = Labels | None
 FEWEST_RESAMPLED = 30
 """Fewest clusters that are resampled: with less a bootstrap of the mean covers too seldom (BCa 0.90 at n = 10 to 16)."""
 
@@ -135,7 +136,7 @@ class Estimate:
         second: ArrayLike,
         confidence: float = 0.95,
         *,
-        clusters: tuple[Clusters, Clusters] | None = None,
+        clusters: tuple[Labels, Labels] | None = None,
     ) -> Estimate:
         """mean(first) - mean(second) with Welch's (1947) interval; n of the smaller group.
 
@@ -152,11 +153,22 @@ class Estimate:
         return cls(change, change - half, change + half, min(len(a), len(b)))
 
     @classmethod
-    def of_draws(cls, value: float, draws: ArrayLike, n: int, confidence: float = 0.95) -> Estimate:
-        """A statistic with the percentile interval of its bootstrap draws over n prompts."""
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(np.asarray(draws, dtype=float), [tail, 1 - tail])
-        return cls(value, float(low), float(high), n)
+    def of_draws(
+        cls, value: float, draws: ArrayLike, n: int, confidence: float = 0.95, *, corrected: bool = False
+    ) -> Estimate:
+        """A statistic with the percentile interval of its bootstrap draws over n prompts.
+
+        `corrected`: Efron's (1981) correction for draws whose median is not the value, of which the interval never leaves out
+        the value (draws of clipped noise look more spread out than it).
+        """
+        x, tail = np.asarray(draws, dtype=float), (1 - confidence) / 2
+        ends = np.array([tail, 1 - tail])
+        if corrected:
+            below = float(np.mean(x < value) + np.mean(x == value) / 2)
+            z0 = stats.norm.ppf(np.clip(below, 0.5 / len(x), 1 - 0.5 / len(x)))
+            ends = stats.norm.cdf(2 * z0 + stats.norm.ppf(ends))
+        low, high = (float(end) for end in np.quantile(x, ends))
+        return cls(value, min(low, value) if corrected else low, max(high, value) if corrected else high, n)
 
     @classmethod
     def jackknife(cls, value: float, left_out: ArrayLike, n: int, confidence: float = 0.95) -> Estimate:
@@ -184,13 +196,13 @@ def difference_variance(
     first: NDArray[np.float64],
     second: NDArray[np.float64],
     *,
-    clusters: tuple[Clusters, Clusters] | None = None,
+    clusters: tuple[Labels, Labels] | None = None,
 ) -> tuple[float, float]:
     """Variance of a difference of two means over clusters, and its degrees of freedom (Satterthwaite 1946)."""
     sides = (first - first.mean()) / len(first), -(second - second.mean()) / len(second)
     labels = [*range(len(first)), *range(-len(second), 0)]
     if clusters is not None:
-        labels = [x for side in clusters for x in (side.tolist() if isinstance(side, np.ndarray) else side or ())]
+        labels = [x for side in clusters for x in (side if isinstance(side, Sequence) else np.asarray(side).tolist())]
     member = membership(labels)
     if len(member) != len(first) + len(second):
         raise UserError(f"{len(first)} and {len(second)} values but {len(member)} clusters; give each its cluster")
@@ -258,10 +270,10 @@ def _sums(x: NDArray[np.float64], clusters: Clusters) -> tuple[NDArray[np.float6
     return np.bincount(member, x).astype(float), np.bincount(member).astype(float)
 
 
-def membership(clusters: Sequence[Hashable] | NDArray[np.generic]) -> NDArray[np.int64]:
+def membership(clusters: Labels) -> NDArray[np.int64]:
     """Each item's cluster as a number from 0 on, in order of appearance."""
     number: dict[Hashable, int] = {}
-    labels = clusters.tolist() if isinstance(clusters, np.ndarray) else clusters
+    labels = clusters if isinstance(clusters, Sequence) else np.asarray(clusters).tolist()
     return np.array([number.setdefault(label, len(number)) for label in labels], dtype=np.int64)
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 import numpy as np
 from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.statistics.intervals import Clusters, membership
+from rsteer_interp.statistics.intervals import Clusters, Labels, membership
 
 
-def permutations(
-    n: int, n_draws: int, seed: int, *, within: Sequence[Hashable] | NDArray[np.generic] | None = None
-) -> Int[NDArray[np.int64], "draw n"]:
+def permutations(n: int, n_draws: int, seed: int, *, within: Clusters = None) -> Int[NDArray[np.int64], "draw n"]:
     """Random orders of n items; with `within` (subjects, sets) an item's place goes to another of its group alone.
 
     A group of one, or of equal labels, then tells nothing: what is left is not what differs between groups.
@@ -27,13 +23,22 @@ def permutations(
     return orders
 
 
+def movable(labels: Labels, within: Labels) -> Bool[NDArray[np.bool_], " n"]:
+    """The items of groups with more than one label: those of which a permutation inside groups can tell something."""
+    member, label = membership(within), membership(labels)
+    kinds = np.zeros((member.max() + 1, label.max() + 1), dtype=bool)
+    kinds[member, label] = True
+    found: NDArray[np.bool_] = (kinds.sum(1) > 1)[member]
+    return found
+
+
 def bootstrap_counts(
     n: int,
     n_draws: int,
     seed: int,
     *,
     clusters: Clusters = None,
-    strata: Sequence[Hashable] | NDArray[np.generic] | None = None,
+    strata: Clusters = None,
     fewer: int = 0,
 ) -> Int[NDArray[np.int64], "draw n"]:
     """How often each of n items is in a resample: clusters are drawn with replacement, whole, as many as there are.
@@ -58,7 +63,7 @@ def halves(
     seed: int,
     *,
     clusters: Clusters = None,
-    strata: Sequence[Hashable] | NDArray[np.generic] | None = None,
+    strata: Clusters = None,
 ) -> Bool[NDArray[np.bool_], "draw n"]:
     """Random halves of the clusters, True the first; even inside each stratum, where an odd cluster falls to either side.
 
