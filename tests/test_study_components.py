@@ -151,7 +151,6 @@ def test_a_planted_component_is_found_and_topic_is_not() -> None:
     assert found["p"][11] == 1
 
 
-
 def test_what_a_component_writes_for_a_subject_is_not_refusal() -> None:
     """Subjects differ in what is written for them and in how often they are refused; at most 5 % of such components may fire."""
     runs, plain, within, topic = 400, 0, 0, torch.arange(60) % 12
@@ -159,9 +158,7 @@ def test_what_a_component_writes_for_a_subject_is_not_refusal() -> None:
     for seed in range(runs):
         rate = torch.randn(12, generator=generator).mul(3).sigmoid()
         x = torch.randn(12, generator=generator)[topic] + 0.5 * torch.randn(60, generator=generator)
-        found = differences(
-            x[:, None], torch.rand(60, generator=generator) < rate[topic], topic.tolist(), seed, 99
-        )
+        found = differences(x[:, None], torch.rand(60, generator=generator) < rate[topic], topic.tolist(), seed, 99)
         plain += found["p"][0] <= 0.05
         within += found["within_subject_q"][0] <= 0.05
     assert within / runs <= 0.05 + 3 * (0.05 * 0.95 / runs) ** 0.5

@@ -79,7 +79,11 @@ def differences(
 
 
 def _permuted(
-    x: Float[Tensor, "prompt component"], refused: Bool[Tensor, " prompt"], groups: Sequence[Hashable], seed: int, n: int
+    x: Float[Tensor, "prompt component"],
+    refused: Bool[Tensor, " prompt"],
+    groups: Sequence[Hashable],
+    seed: int,
+    n: int,
 ) -> tuple[Float[Tensor, " component"], Float[Tensor, "draw component"]]:
     """The difference of means per component, groups centred, and the same under labels permuted inside groups."""
     member = torch.from_numpy(membership(groups))

@@ -136,7 +136,9 @@ def attention(
                 advance(1)
         return {}, {"mass": torch.stack(masses), "example": reader.backend().attention(shown, chosen)}
 
-    found = study.stage("4_attention", {"prompts": asked.texts, "heads": chosen, "example": list(shown.ids)}, compute).tensors
+    found = study.stage(
+        "4_attention", {"prompts": asked.texts, "heads": chosen, "example": list(shown.ids)}, compute
+    ).tensors
     mass = found["mass"].double()
 
     def of(heads: list[Head], span: int) -> Float[Tensor, " prompt"]:

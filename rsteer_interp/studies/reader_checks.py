@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -24,9 +25,10 @@ def judged_subsample(
     prompts: Sequence[str],
     subjects: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """Judged greedy replies to the prompts under every edit of every kind, beside the log-odds of the same prompt passes.
+    """Judged greedy replies to the prompts under every edit of every kind, beside the log-odds of the same prompt passes: a
+    Validation's data per kind, and `by_edit`, the share still refused under each of its edits.
 
-    `key` is what the edits depend on, for the stage that keeps the outcome. Costs about a reply per prompt and edit.
+    `key` is what the edits depend on, for the stage that keeps the outcome. Costs a reply per prompt and edit.
     """
 
     def compute() -> tuple[dict[str, Any], None]:
@@ -45,6 +47,7 @@ def judged_subsample(
                 )
                 every = [reply for of_edit in replies for reply in of_edit]
                 checks[kind] = validation_of(kind, every, list(subjects) * len(edits)).data()
+                checks[kind]["by_edit"] = [fmean(r.verdict.refused for r in of_edit) for of_edit in replies]
         return {"checks": checks}, None
 
     whole = {**key, "judged": list(prompts), "kinds": {kind: len(edits) for kind, edits in kinds.items()}}
@@ -70,9 +73,15 @@ def checks_table(checks: Checks) -> Table:
 
 
 def checks_words(checks: Checks) -> str:
-    """For a finding in nats: where log-odds are no measure of refusal; empty where they were seen to be one everywhere."""
-    failed = {kind: check for kind, check in checks.items() if not check["valid"]}
-    if not failed:
-        return ""
-    words = "; ".join(f"{kind}: {check['words']}" for kind, check in failed.items())
-    return f" Log-odds are not validated as a read-out of judged refusal under {words}."
+    """For a finding in nats: under which kinds of edit log-odds were seen to tell judged refusals, and under which not."""
+    valid = [f"{kind} (ROC area {interval(check['area'])})" for kind, check in checks.items() if check["valid"]]
+    failed = [f"{kind} ({check['words']})" for kind, check in checks.items() if not check["valid"]]
+    said = []
+    if valid:
+        said.append(f"Log-odds tell judged refusals under {', '.join(valid)}.")
+    if failed:
+        subject = "They" if valid else "Log-odds"
+        said.append(
+            f"{subject} are not validated as a measure of refusal, and are nats alone, under {', '.join(failed)}."
+        )
+    return " ".join(said)
