@@ -72,6 +72,14 @@ def next_draw_p(value: ArrayLike, draws: ArrayLike) -> NDArray[np.float64]:
     return p
 
 
+def pair_p(difference: float, draws: ArrayLike) -> float:
+    """Two-sided p of a difference beside the difference of two draws of a normal null: t = difference / (sd sqrt(2))."""
+    null = np.asarray(draws, dtype=float)
+    _, spread = _of_next(null)
+    apart = spread * math.sqrt(2 / (1 + 1 / len(null)))
+    return float(2 * stats.t.sf(abs(difference) / apart, len(null) - 1))
+
+
 def _of_next(null: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if len(null) < 2:
         raise UserError(f"{len(null)} draws have no spread; give two or more")
