@@ -68,8 +68,8 @@ def draw(result: Result) -> Drawing:
         "The related methods under one protocol",
         f"Each method at the strength chosen for it on the select split, judged replies on the report split: n = {n[names['remove']]} "
         f"refused {_words(names['remove'])} and {n[names['keep']]} refused {_words(names['keep'])} prompts, 95 % intervals (Wilson, Newcombe, "
-        f"bootstrap). Third panel: first-token log-odds at the strength at which {data['target']:.0%} of refused select prompts are answered; "
-        "no point: out of reach, or no knob. Grey ticks: each edit's own null, moves as large at every state in random directions (log-odds). Grey band: random "
+        f"bootstrap). Third panel: at the strength at which {data['target']:.0%} of refused select prompts are answered; "
+        "no point: out of reach, or no knob. Grey ticks: each edit's own null, moves as large at every state in random directions. Grey band: random "
         "directions at their own best dose. Order: the select split's. "
         f"{data['finding']}",
         {

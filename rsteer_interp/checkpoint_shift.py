@@ -117,7 +117,7 @@ class ShiftSpectrum:
         return {t: self.effective_rank(t) for t in THRESHOLDS}
 
     def oriented(self, difference: Float[Tensor, " d"]) -> ShiftSpectrum:
-        """Components turned to have a positive inner product with `difference` (refused minus answered mean)."""
+        """Components turned to have a positive inner product with `difference` (of the means of two groups of prompts)."""
         signs = (self.components @ difference.to(self.components)).sign()
         return replace(self, components=self.components * torch.where(signs == 0, 1.0, signs)[:, None])
 
@@ -273,7 +273,7 @@ def split_overlap(
 
 @dataclass(frozen=True)
 class ComponentCosine:
-    """Cosine of a component with refused minus answered mean, beside random vectors (exact null) and permuted labels.
+    """Cosine of a component with the difference of two groups' mean states, beside random vectors (exact null) and permuted labels.
 
     `label_high` is the 95 % point of |cosine| with mean differences of permuted labels, `label_p` its p. The second null is the
     harder one: states share large directions, so differences of any two groups of prompts look somewhat alike.
@@ -287,15 +287,16 @@ class ComponentCosine:
 def component_cosine(
     component: Float[Tensor, " d"],
     states: Float[Tensor, "prompt d"],
-    refused: Bool[Tensor, " prompt"],
+    first: Bool[Tensor, " prompt"],
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> ComponentCosine:
-    """The component against the mean-difference direction of `states`; the sign is the component's own (see `oriented`)."""
-    x, labels = states.double(), refused.bool()
+    """The component against the mean of `states` of the first group minus that of the others: prompt sets, or refused against
+    answered prompts, as the caller says. The sign is the component's own (see `oriented`)."""
+    x, labels = states.double(), first.bool()
     if not 0 < int(labels.sum()) < len(labels):
         raise UserError(
-            f"{int(labels.sum())} of {len(labels)} prompts are refused; a mean difference needs refused and answered ones"
+            f"{int(labels.sum())} of {len(labels)} prompts are of the first group; a mean difference needs both groups"
         )
     shuffles = labels[torch.from_numpy(permutations(len(labels), n_permutations, seed))]
     null = [abs(cosine(component, x[chosen].mean(0) - x[~chosen].mean(0))) for chosen in shuffles]

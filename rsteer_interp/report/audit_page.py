@@ -75,11 +75,11 @@ def comparison_rows(data: dict[str, Any]) -> list[Row]:
     rows.append(
         ("benign answers: perplexity", str(ratio["n"]), _number(before), _number(after), f"times {_number(ratio)}")
     )
-    if answers["reply_perplexity_before"] is not None:
-        own, new = (answers[f"reply_perplexity_{k}"] for k in ("before", "after"))
+    replies = answers["replies"]
+    if replies["ratio"] is not None:
         rows.append((
-            "own replies: perplexity under the unchanged model", str(new["n"]), _number(own), _number(new),
-            f"times {new['value'] / own['value']:.3g}; {answers['empty_replies']} empty",
+            "own answers: perplexity under the unchanged model, same prompts", str(replies["ratio"]["n"]), "1", "",
+            f"times {_number(replies['ratio'])}; {replies['empty']} empty",
         ))  # fmt: skip
     pushes = data["random"]
     if pushes["measured"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +17,7 @@ from rsteer_interp.batch import Batch
 from rsteer_interp.checkpoint_shift import component_cosine, mean_shift, rank_null, shift_spectrum
 from rsteer_interp.embedding_integrity import changed_tokens, embedding_digest, embedding_matrix
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import ANSWER_ROWS, answer_log_probs
+from rsteer_interp.evaluation import ANSWER_ROWS
 from rsteer_interp.measures import kl_divergence, masked_mean, token_log_probs
 from rsteer_interp.random_audit import LayerAudit, push_changes, random_audit
 from rsteer_interp.safety_audit.subject import Subject
@@ -59,19 +58,6 @@ def conversation_effects(
     for group, values in before.batches(rows, run, ANSWER_ROWS):
         found[:, group] = values
     return found[0], found[1], found[2]
-
-
-def reply_log_probs(backend: Backend, prompts: Sequence[str], replies: Sequence[str]) -> Float[Tensor, " reply"]:
-    """Mean log-probability per token of given replies under the model as it is, of those that say something."""
-    said = [(p, r) for p, r in zip(prompts, replies, strict=True) if r]
-    rows = backend.template().encode_all([p for p, _ in said], [r for _, r in said])
-    return answer_log_probs(backend, rows)
-
-
-def perplexity(log_probs: Float[Tensor, " text"]) -> Estimate:
-    """exp of minus the mean log-probability per token, with its interval; of a paired difference, a ratio of perplexities."""
-    mean = Estimate.of((-log_probs).tolist())
-    return Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.n)
 
 
 def random_pushes(

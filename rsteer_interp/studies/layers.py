@@ -29,6 +29,7 @@ from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
+from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 KIND = "layer_concentration"
 EDITS = ("ablate", "add")
+JUDGED_LAYERS = 6  # layers, at most, at which replies under either edit are judged
 LEAST = 4  # fewest refusing report prompts for a causal curve
 QUESTION = "In which layers can refusal be read, and in which is it caused?"
 SETS = (POLITICAL, MATCHED)
@@ -130,7 +132,14 @@ def _causal(
             advance(1)
     x = torch.stack(effects, -1)  # edit, direction (ours, random ...), prompt, layer
     layers = [site.layer for site in sites]
+    judged = dict(list(zip(sites, start["norms"], strict=True))[:: -(-len(sites) // JUDGED_LAYERS)])
+    kinds: dict[str, list[Edit | None]] = {
+        "ablation at one layer": [Displace(site, units[site], units[site]) for site in judged],
+        "addition at one layer": [add({s: units[s]}, {s: -config.dose * norm}) for s, norm in judged.items()],
+    }
+    vectors = {"layers": [site.layer for site in judged], "vectors": [units[site].tolist() for site in judged]}
     return {
+        "read_out": judged_subsample(study, "3_judged", {**key, **vectors}, kinds, texts, subjects),
         "layers": layers,
         "n": len(texts),
         "n_random": config.random,
@@ -188,11 +197,11 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
             f"{words}: {size}; peak at layer {curve['peak_layer']}, {len(hits)} of {len(causal['layers'])} layers beyond random "
             f"(q <= 0.05), spread over {spread['value']:.1f} ({spread['low']:.1f} to {spread['high']:.1f}) effective layers."
         )
-    return " ".join(parts)
+    return " ".join([*parts, checks_words(causal["read_out"])])
 
 
 def tables(data: dict[str, Any]) -> list[Table]:
-    """Concentration of every curve."""
+    """Concentration of every curve; and whether log-odds under such edits mean refusal."""
     causal, readouts = data["causal"], data["readouts"]
     table = Table(title=f"Where refusal concentrates, {data['model']['name']} (95 % intervals over subjects)")
     for column in ("", "n", "effective layers", "under the null", "Gini", "peak depth", "centre depth"):
@@ -206,4 +215,4 @@ def tables(data: dict[str, Any]) -> list[Table]:
         names = ("effective_layers", "gini", "peak", "centre")
         cells = [interval(found[k]) for k in names] if found else ["no positive effect", "", "", ""]
         table.add_row(name, str(n), cells[0], under, *cells[1:])
-    return [table]
+    return [table, checks_table(causal["read_out"])]

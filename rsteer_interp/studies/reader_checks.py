@@ -1,0 +1,87 @@
+"""Log-odds against judged replies in a study: a judged subsample per kind of edit, its table, and what the finding must say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+from rsteer_interp.backends.edits import Edit
+from rsteer_interp.progress import progress
+from rsteer_interp.reader import validation_of
+from rsteer_interp.refusal_scores import replies_of_each
+from rsteer_interp.studies.study import Study, interval
+
+Checks = Mapping[str, Mapping[str, Any]]  # by kind of edit: a Validation's data
+
+
+def judged_subsample(
+    study: Study,
+    stage: str,
+    key: Mapping[str, Any],
+    kinds: Mapping[str, Sequence[Edit | None]],
+    prompts: Sequence[str],
+    subjects: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Judged greedy replies to the prompts under every edit of every kind, beside the log-odds of the same prompt passes: a
+    Validation's data per kind, and `by_edit`, the share still refused under each of its edits.
+
+    `key` is what the edits depend on, for the stage that keeps the outcome. Costs a reply per prompt and edit.
+    """
+
+    def compute() -> tuple[dict[str, Any], None]:
+        checks, rows, n = {}, study.template.encode_all(prompts), sum(map(len, kinds.values()))
+        with progress("judging a subsample under edits", n * len(prompts)) as advance:
+            for kind, edits in kinds.items():
+                replies = replies_of_each(
+                    study.backend,
+                    rows,
+                    prompts,
+                    study.judge,
+                    edits,
+                    max_new_tokens=study.config.tokens,
+                    refusal_tokens=study.refusal_tokens,
+                    on_batch=advance,
+                )
+                every = [reply for of_edit in replies for reply in of_edit]
+                checks[kind] = validation_of(kind, every, list(subjects) * len(edits)).data()
+                checks[kind]["by_edit"] = [fmean(r.verdict.refused for r in of_edit) for of_edit in replies]
+        return {"checks": checks}, None
+
+    whole = {**key, "judged": list(prompts), "kinds": {kind: len(edits) for kind, edits in kinds.items()}}
+    whole |= {"longest": study.config.tokens, "judge": study.judge.name, "openings": study.refusal_tokens}
+    checks: dict[str, dict[str, Any]] = study.stage(stage, whole, compute).data["checks"]
+    return checks
+
+
+def checks_table(checks: Checks) -> Table:
+    """One row per kind of edit."""
+    table = Table(title="First-token log-odds against judged replies, by kind of edit")
+    for column in ("edit", "n", "refused, judged", "ROC area", "misread", "log-odds tell refusals"):
+        table.add_column(column)
+    for kind, check in checks.items():
+        refused, misread = check["refused"], check["misread"]
+        cells = (
+            ["one verdict only", "", "cannot be said"]
+            if misread is None
+            else [interval(check["area"]), interval(misread), "yes" if check["valid"] else "no"]
+        )
+        table.add_row(kind, str(refused["n"]), interval(refused), *cells)
+    return table
+
+
+def checks_words(checks: Checks) -> str:
+    """For a finding in nats: under which kinds of edit log-odds were seen to tell judged refusals, and under which not."""
+    valid = [f"{kind} (ROC area {interval(check['area'])})" for kind, check in checks.items() if check["valid"]]
+    failed = [f"{kind} ({check['words']})" for kind, check in checks.items() if not check["valid"]]
+    said = []
+    if valid:
+        said.append(f"Log-odds tell judged refusals under {', '.join(valid)}.")
+    if failed:
+        subject = "They" if valid else "Log-odds"
+        said.append(
+            f"{subject} are not validated as a measure of refusal, and are nats alone, under {', '.join(failed)}."
+        )
+    return " ".join(said)
