@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -26,7 +25,7 @@ def judged_subsample(
     subjects: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """Judged greedy replies to the prompts under every edit of every kind, beside the log-odds of the same prompt passes: a
-    Validation's data per kind, and `by_edit`, the share still refused under each of its edits.
+    Validation's data per kind, and `flags`, whether refused, by edit and prompt.
 
     `key` is what the edits depend on, for the stage that keeps the outcome. Costs a reply per prompt and edit.
     """
@@ -47,7 +46,7 @@ def judged_subsample(
                 )
                 every = [reply for of_edit in replies for reply in of_edit]
                 checks[kind] = validation_of(kind, every, list(subjects) * len(edits)).data()
-                checks[kind]["by_edit"] = [fmean(r.verdict.refused for r in of_edit) for of_edit in replies]
+                checks[kind]["flags"] = [[r.verdict.refused for r in of_edit] for of_edit in replies]
         return {"checks": checks}, None
 
     whole = {**key, "judged": list(prompts), "kinds": {kind: len(edits) for kind, edits in kinds.items()}}
