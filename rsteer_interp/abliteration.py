@@ -36,7 +36,7 @@ from rsteer_interp.nulls import cosine, random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split, load_prompts
 from rsteer_interp.results import Provenance, save_result
-from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.vector_controls import opening_token_ids
 from rsteer_interp.vector_formats import load_vectors
 from rsteer_interp.weight_edit import (
@@ -117,7 +117,7 @@ def _sweep(
         "refused": config.refused,
         "writers": config.writers,
         "scale": config.scale,
-        "base_refused": {name: asdict(Rate.of((odds > 0).numpy())) for name, odds in prompts.base.items()},
+        "base_refused": {name: asdict(rate) for name, rate in prompts.refused(prompts.base).items()},
         "sweep": [_entry(c, found[c.name], candidates) for c in candidates],
         "null_random_directions": plain,
     }
@@ -172,10 +172,18 @@ def _from_file(path: Path, layer: int | None, backend: Backend) -> Candidate:
 def _prompts(config: Config, backend: Backend, split: Split, n: int, token_ids: tuple[int, ...]) -> Prompts:
     template = backend.template()
     names = dict.fromkeys((config.refused, config.kept, config.answered))
-    rows = {k: template.encode_all(load_prompts(k).split(split).sample(n, config.seed).texts) for k in names}
+    sets = {k: load_prompts(k).split(split).sample(n, config.seed) for k in names}
+    rows = {k: template.encode_all(found.texts) for k, found in sets.items()}
     talks = load_prompts("conversations").unsplit.split(split).sample(config.conversations, config.seed)
     base = {name: log_odds(backend, own, token_ids) for name, own in rows.items()}
-    return Prompts(rows, base, [template.encode(p.prompt, p.answer) for p in talks], token_ids)
+    return Prompts(
+        rows,
+        base,
+        [template.encode(p.prompt, p.answer) for p in talks],
+        token_ids,
+        {k: [p.subject for p in found] for k, found in sets.items()},
+        [p.subject for p in talks],
+    )
 
 
 def _measured(config: Config, saved: Backend, prompts: Prompts, log_probs: Tensor, best: Candidate) -> dict[str, Any]:
@@ -185,14 +193,11 @@ def _measured(config: Config, saved: Backend, prompts: Prompts, log_probs: Tenso
     shift = (answer_log_probs(saved, prompts.benign) - log_probs).abs()
     return {
         "folder": "checkpoint",
-        "answer_shift": asdict(Estimate.of(shift.numpy(), seed=config.seed)),
+        "answer_shift": asdict(Estimate.of(shift.numpy(), clusters=prompts.benign_subjects, seed=config.seed)),
         "fingerprint": saved.fingerprint,
-        "change": {
-            name: asdict(Estimate.of((odds - prompts.base[name]).numpy(), seed=config.seed))
-            for name, odds in after.items()
-        },
-        "refused_before": {name: asdict(Rate.of((odds > 0).numpy())) for name, odds in prompts.base.items()},
-        "refused_after": {name: asdict(Rate.of((odds > 0).numpy())) for name, odds in after.items()},
+        "change": {name: asdict(e) for name, e in prompts.changes(after, config.seed).items()},
+        "refused_before": {name: asdict(rate) for name, rate in prompts.refused(prompts.base).items()},
+        "refused_after": {name: asdict(rate) for name, rate in prompts.refused(after).items()},
         "component": {str(site): value for site, value in component.items()},
     }
 

@@ -41,12 +41,25 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Rows of one split with the unedited model's refusal log-odds, and benign conversations."""
+    """Rows of one split with the unedited model's refusal log-odds, and benign conversations; and the subjects of either."""
 
     rows: Mapping[str, list[Tokens]]
     base: Mapping[str, Float[Tensor, " prompt"]]
     benign: list[Tokens]
     token_ids: tuple[int, ...]
+    subjects: Mapping[str, list[str]]
+    benign_subjects: list[str]
+
+    def changes(self, after: Mapping[str, Float[Tensor, " prompt"]], seed: int) -> dict[str, Estimate]:
+        """Mean change of the log-odds by set, with its interval over subjects."""
+        return {
+            name: Estimate.of((odds - self.base[name]).numpy(), clusters=self.subjects[name], seed=seed)
+            for name, odds in after.items()
+        }
+
+    def refused(self, odds: Mapping[str, Float[Tensor, " prompt"]]) -> dict[str, Rate]:
+        """Share of prompts with log-odds above 0, by set."""
+        return {name: Rate.of((x > 0).numpy(), clusters=self.subjects[name]) for name, x in odds.items()}
 
 
 @dataclass(frozen=True)
@@ -114,9 +127,11 @@ def effects(backend: Backend, edit: Edit, prompts: Prompts, seed: int = 0) -> Ef
     """An edit's effects on the prompts, beside the unedited model."""
     after = {name: log_odds(backend, rows, prompts.token_ids, edit) for name, rows in prompts.rows.items()}
     return Effects(
-        {name: Estimate.of((odds - prompts.base[name]).numpy(), seed=seed) for name, odds in after.items()},
-        {name: Rate.of((odds > 0).numpy()) for name, odds in after.items()},
-        Estimate.of(answer_effects(backend, prompts.benign, edit).kl.numpy(), seed=seed),
+        prompts.changes(after, seed),
+        prompts.refused(after),
+        Estimate.of(
+            answer_effects(backend, prompts.benign, edit).kl.numpy(), clusters=prompts.benign_subjects, seed=seed
+        ),
     )
 
 

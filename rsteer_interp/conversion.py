@@ -58,24 +58,37 @@ def convert(config: Config) -> Path | None:
 def run_controls(config: Config, backend: Backend, steering: Steering) -> Controls:
     """The controls on the select split's prompts that the model refuses, by first-token log-odds above 0."""
     tokens = steering.refusal_tokens or opening_token_ids(backend.tokenizer, config.refusal_words)
-    refused = refused_rows(backend, config.refused, config.prompts, tokens, config.seed)
+    refused, subjects = refused_rows(backend, config.refused, config.prompts, tokens, config.seed)
     talks = load_prompts("conversations").sample(config.conversations, config.seed)
     template = backend.template()
     benign = [template.encode(p.prompt, p.answer) for p in talks]
-    return controls(backend, steering, refused, benign, tokens, n_random=config.random, seed=config.seed)
+    return controls(
+        backend,
+        steering,
+        refused,
+        benign,
+        tokens,
+        subjects=subjects,
+        benign_subjects=[p.subject for p in talks],
+        n_random=config.random,
+        seed=config.seed,
+    )
 
 
-def refused_rows(backend: Backend, name: str, n: int, tokens: Sequence[int], seed: int) -> list[Tokens]:
-    """Up to n prompts of the set's select split with refusal log-odds above 0; UserError for too few."""
-    rows = backend.template().encode_all(load_prompts(name).split("select").sample(n, seed).texts)
-    odds = log_odds(backend, rows, tokens)
-    refused = [row for row, value in zip(rows, odds.tolist(), strict=True) if value > 0]
+def refused_rows(
+    backend: Backend, name: str, n: int, tokens: Sequence[int], seed: int
+) -> tuple[list[Tokens], list[str]]:
+    """Up to n prompts of the set's select split with refusal log-odds above 0, with their subjects; UserError for too few."""
+    prompts = list(load_prompts(name).split("select").sample(n, seed))
+    rows = backend.template().encode_all([p.prompt for p in prompts])
+    kept = (log_odds(backend, rows, tokens) > 0).nonzero()[:, 0].tolist()
+    refused = [rows[i] for i in kept]
     if len(refused) < LEAST_REFUSED:
         raise UserError(
             f"this model refuses {len(refused)} of {len(rows)} prompts of '{name}' by first-token log-odds, too few to see "
             "an effect on; give a set that it refuses, or other words that open its refusals"
         )
-    return refused
+    return refused, [prompts[i].subject for i in kept]
 
 
 def _backend(config: Config, model: str) -> Backend:

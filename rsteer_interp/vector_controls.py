@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from rsteer_interp.activations import last_states
@@ -21,7 +20,8 @@ from rsteer_interp.equal_norm import Redirected
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds_of_each
 from rsteer_interp.nulls import random_unit_vectors
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.draws import Beside
+from rsteer_interp.statistics.intervals import Clusters, Estimate
 from rsteer_interp.steering import Steering
 
 
@@ -29,7 +29,7 @@ from rsteer_interp.steering import Steering
 class Controls:
     """What stands beside a steering configuration. Log-odds in nats; `z` and `p` compare the effect with the null's edits.
 
-    p = (1 + #{|null| >= |effect|}) / (1 + N), two-sided. `as_stated`: whether the effect has the sign that the configuration's
+    `as_stated`: whether the effect has the sign that the configuration's
     amounts state (towards refusal up, away from it down); None where the amounts have both signs.
     """
 
@@ -41,14 +41,17 @@ class Controls:
     towards_refusal: bool | None = None
 
     @property
+    def beside(self) -> Beside:
+        """The effect beside its null."""
+        return Beside.of(self.effect.value, self.null)
+
+    @property
     def z(self) -> float:
-        spread = float(np.std(self.null, ddof=1))
-        return (self.effect.value - float(np.mean(self.null))) / spread if spread > 0 else 0.0
+        return self.beside.z
 
     @property
     def p(self) -> float:
-        reached = sum(abs(x) >= abs(self.effect.value) for x in self.null)
-        return (1 + reached) / (1 + len(self.null))
+        return self.beside.p()
 
     @property
     def as_stated(self) -> bool | None:
@@ -56,10 +59,11 @@ class Controls:
 
     def record(self) -> dict[str, Any]:
         """Everything as plain values."""
-        return asdict(self) | {"z": self.z, "p": self.p, "as_stated": self.as_stated}
+        least = self.beside.least_p
+        return asdict(self) | {"z": self.z, "p": self.p, "least_p": least, "as_stated": self.as_stated}
 
     def table(self) -> Table:
-        low, high = np.quantile(self.null, [0.025, 0.975])
+        low, high = self.beside.band
         said = {True: "yes", False: "NO: its sign is the other way", None: "the amounts have both signs"}[
             self.as_stated
         ]
@@ -70,7 +74,7 @@ class Controls:
         table.add_row("refusal log-odds before (nats)", str(self.base))
         table.add_row("change of refusal log-odds (nats)", str(self.effect))
         table.add_row(f"the same, {len(self.null)} random edits of equal norm", f"{low:.3g} to {high:.3g}")
-        table.add_row("z, two-sided p", f"{self.z:.2f}, {self.p:.3f}")
+        table.add_row("z, two-sided p (at least)", f"{self.z:.2f}, {self.p:.3f} ({self.beside.least_p:.3f})")
         table.add_row("effect has the stated sign", said)
         table.add_row("KL on benign answers (nats per token)", str(self.kl))
         return table
@@ -83,10 +87,13 @@ def controls(
     benign: Sequence[Tokens],
     token_ids: Sequence[int],
     *,
+    subjects: Clusters = None,
+    benign_subjects: Clusters = None,
     n_random: int = 20,
     seed: int = 0,
 ) -> Controls:
-    """Controls on prompts that the model refuses and benign conversations (rows with answers), with `n_random` null edits."""
+    """Controls on prompts that the model refuses and benign conversations (rows with answers), of these subjects, with `n_random`
+    null edits."""
     edit = steering.edit()
     if edit is None:
         raise UserError("this configuration adds nothing (alpha is 0), so there is nothing to check")
@@ -100,10 +107,10 @@ def controls(
     signs = {amount > 0 for amount in steering.amounts.values()}
     return Controls(
         dose=steering.dose(states),
-        base=Estimate.of(base.numpy()),
-        effect=Estimate.of(effect.numpy(), seed=seed),
+        base=Estimate.of(base.numpy(), clusters=subjects),
+        effect=Estimate.of(effect.numpy(), clusters=subjects, seed=seed),
         null=tuple(float(change.mean()) for change in null),
-        kl=Estimate.of(answer_effects(backend, benign, edit).kl.numpy(), seed=seed),
+        kl=Estimate.of(answer_effects(backend, benign, edit).kl.numpy(), clusters=benign_subjects, seed=seed),
         towards_refusal=signs.pop() if len(signs) == 1 else None,
     )
 
