@@ -67,6 +67,7 @@ def random_pushes(
     refusal_tokens: Sequence[int],
     conversations: Sequence[tuple[str, str]],
     *,
+    subjects: Sequence[str],
     n_vectors: int,
     threshold: float,
     seed: int,
@@ -99,19 +100,21 @@ def random_pushes(
         "n_vectors": n_vectors,
         "n_prompts": len(prompts),
         "threshold": threshold,
-        "fall_before": asdict(Estimate.of(one.falls.tolist())),
-        "fall_after": asdict(Estimate.of(changed.falls.tolist())),
-        "difference": asdict(Estimate.of((changed.falls - one.falls).tolist())),
-        "flipped_before": _flips(one, threshold),
-        "flipped_after": _flips(changed, threshold),
+        "fall_before": asdict(Estimate.crossed(-one.change, clusters=subjects)),
+        "fall_after": asdict(Estimate.crossed(-changed.change, clusters=subjects)),
+        "difference": asdict(Estimate.crossed(one.change - changed.change, clusters=subjects)),
+        "flipped_before": _flips(one, threshold, subjects),
+        "flipped_after": _flips(changed, threshold, subjects),
         "own": None if after.push is None else asdict(one.standing("own")),
     }
 
 
-def _flips(audit: LayerAudit, threshold: float) -> dict[str, Any] | None:
+def _flips(audit: LayerAudit, threshold: float, subjects: Sequence[str]) -> dict[str, Any] | None:
     """Of the pairs of a vector and a prompt above the threshold, the share that the push takes below; None without such prompts."""
-    above = audit.base > threshold
-    return asdict(Rate.of(audit.flipped(threshold)[:, above].flatten().tolist())) if bool(above.any()) else None
+    above = (audit.base > threshold).nonzero()[:, 0].tolist()
+    if not above:
+        return None
+    return asdict(Rate.crossed(audit.flipped(threshold)[:, above], clusters=[subjects[i] for i in above]))
 
 
 def state_shift(
