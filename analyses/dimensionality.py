@@ -37,7 +37,7 @@ class Config(StudyConfig):
     judged: int = 16
     """Refused report prompts, at most, and as many answered ones, whose replies under the ablations are judged."""
     random: int = 6
-    """Random rotations of every ablation, and random subspaces per family of the push; at least 2."""
+    """Random rotations of every ablation, and random subspaces of the push; at least 2."""
     controls: int = 3
     """Draws of random subspaces with the covariance of answered prompts."""
     dose: float = 0.1

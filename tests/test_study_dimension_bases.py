@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rsteer_interp.backends.edits import At, Edit, Site
 from rsteer_interp.errors import UserError
+from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.results import Result
 from rsteer_interp.statistics.rotation import random_frame, rotated
-from rsteer_interp.studies.dimension_inputs import SETS, Inputs, groups_of
+from rsteer_interp.studies.dimension_inputs import SETS, Inputs, groups_of, over_subjects, part
 from rsteer_interp.studies.dimension_judged import check, in_closed_form
 from rsteer_interp.studies.dimension_results import Ablations, Check, Dimensions, dimensions_of, read_dimensions
 from rsteer_interp.studies.dimension_runs import Bench, ablation_sweep
@@ -221,6 +222,13 @@ def test_subjects_are_resampled_in_pairs_and_alike_at_all_sites() -> None:
             torch.testing.assert_close(both[1], draw[Site(1)])
             assert float(draw[Site(1)][0] @ families(states[Site(1)], groups, 1)[name][0]) > 0.98
         assert not torch.allclose(draws[0][Site(1)], draws[1][Site(1)])
+
+
+def test_prompts_are_of_as_many_subjects_as_can_be() -> None:
+    scored = Scored(list("abcdef"), ["x"] * 6, ["u", "u", "u", "v", "v", "w"], torch.ones(6))
+    assert over_subjects(scored, [0, 1, 2, 3, 4, 5]) == [0, 3, 5, 1, 4, 2]
+    assert over_subjects(scored, [1, 2, 4]) == [1, 4, 2]
+    assert part(scored, [3, 0]).texts == ["d", "a"]
 
 
 # -- the read-out under edits ------------------------------------------------------------------------------------

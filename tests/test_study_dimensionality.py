@@ -15,7 +15,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import AblateSubspace, Displace, ablate, add
 from rsteer_interp.moments import Moments
-from rsteer_interp.statistics.rotation import rotated
+from rsteer_interp.statistics.rotation import random_frame, rotated
 from rsteer_interp.studies.dimension_results import Curve, Enough
 from rsteer_interp.studies.dimension_runs import Bench, ablation_sweep, control_sweep, push_sweep
 from rsteer_interp.studies.dimension_sweep import Base, Swept, smallest_enough, sweep_curves, to_match
@@ -28,10 +28,10 @@ from rsteer_interp.studies.subspaces import (
     contrasts,
     families,
     half_overlaps,
+    like_states,
     mean_first,
     overlap,
     principal,
-    random_basis,
     ridge_fits,
     shuffled,
     topics,
@@ -56,7 +56,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_ablating_a_subspace_is_an_exact_projection_that_knows_the_span_alone() -> None:
-    h, basis = draw(4, 5, 16, seed=1), random_basis(3, 16, 0)
+    h, basis = draw(4, 5, 16, seed=1), random_frame(3, 16, 0)
     once = AblateSubspace(S, basis)(h, None)  # type: ignore[arg-type]
     torch.testing.assert_close(once @ basis.T, torch.zeros(4, 5, 3, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(AblateSubspace(S, basis)(once, None), once, atol=1e-12, rtol=0)  # type: ignore[arg-type]
@@ -65,12 +65,12 @@ def test_ablating_a_subspace_is_an_exact_projection_that_knows_the_span_alone() 
 
 
 def test_one_row_is_directional_ablation_and_another_target_is_its_null_of_equal_norm() -> None:
-    h, (v, u) = draw(4, 5, 16, seed=1), random_basis(2, 16, 0)
+    h, (v, u) = draw(4, 5, 16, seed=1), random_frame(2, 16, 0)
     one = AblateSubspace(S, v[None])(h, None)  # type: ignore[arg-type]
     torch.testing.assert_close(one, ablate({S: v}).edits[S](h, None), atol=1e-12, rtol=0)  # type: ignore[attr-defined]
     moved = AblateSubspace(S, v[None], u[None])(h.float(), None)  # type: ignore[arg-type]
     torch.testing.assert_close(moved, Displace(S, v, u)(h.float(), None))  # type: ignore[arg-type]
-    basis, into = random_basis(6, 16, 3).split(3)
+    basis, into = random_frame(6, 16, 3).split(3)
     sizes = [(AblateSubspace(S, basis, t, 0.5)(h, None) - h).norm(dim=-1) for t in (basis, into)]  # type: ignore[arg-type]
     torch.testing.assert_close(sizes[0], sizes[1])
     torch.testing.assert_close(sizes[0], 0.5 * (h @ basis.T).norm(dim=-1))
@@ -80,7 +80,7 @@ def test_rows_that_are_not_orthonormal_are_refused() -> None:
     with pytest.raises(UserError, match="not orthonormal"):
         AblateSubspace(S, draw(3, 16))
     with pytest.raises(UserError, match="give equal"):
-        AblateSubspace(S, random_basis(3, 16, 0), random_basis(2, 16, 0))
+        AblateSubspace(S, random_frame(3, 16, 0), random_frame(2, 16, 0))
 
 
 # -- subspaces ---------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def planted(rank: int, noise: float = 0.3, n_subjects: int = 24, d: int = 48, se
     """Twelve prompts per subject, half of them refused; refusal moves each subject along its own mixture of `rank` directions
     (the first always), and every subject has a large topic of its own."""
     each = 12
-    axes = random_basis(rank, d, seed)
+    axes = random_frame(rank, d, seed)
     mix = 6 * draw(n_subjects, rank, seed=seed + 1)
     mix[:, 0] = 12.0
     subject = torch.arange(n_subjects).repeat_interleave(each)
@@ -105,7 +105,7 @@ def planted(rank: int, noise: float = 0.3, n_subjects: int = 24, d: int = 48, se
 def test_subjects_find_a_planted_rank_and_ignore_topic(rank: int) -> None:
     states, groups = planted(rank)
     found = families(states, groups, 8)["subjects"]
-    assert overlap(found[:rank], random_basis(rank, states.shape[1], 0)) > 0.98
+    assert overlap(found[:rank], random_frame(rank, states.shape[1], 0)) > 0.98
     contrast = parallel_analysis(
         lambda role: contrasts(states, role, groups.subject, each=False), groups.role, groups.subject, 200, 0, 8
     )
@@ -160,10 +160,10 @@ def test_bases_are_orthonormal_nested_and_start_with_the_mean() -> None:
 
 
 def test_random_subspaces_overlap_by_chance_and_covariance_draws_stay_in_the_span() -> None:
-    values = [overlap(random_basis(4, 60, 2 * i), random_basis(4, 60, 2 * i + 1)) for i in range(60)]
+    values = [overlap(random_frame(4, 60, 2 * i), random_frame(4, 60, 2 * i + 1)) for i in range(60)]
     assert sum(values) / 60 == pytest.approx(4 / 60, rel=0.1)
     states = draw(9, 60)
-    like = random_basis(20, 60, 0, Moments.of(states))
+    like = like_states(20, 0, Moments.of(states))
     assert len(like) == 8
     centred = principal(states - states.mean(0), 8)
     torch.testing.assert_close(like @ centred.T @ centred, like, atol=1e-8, rtol=0)
@@ -172,7 +172,7 @@ def test_random_subspaces_overlap_by_chance_and_covariance_draws_stay_in_the_spa
 def test_topics_hold_what_differs_between_subjects_and_no_refusal() -> None:
     states, groups = planted(1, n_subjects=8)
     basis = topics(states, groups, 6)
-    refusal = random_basis(1, 48, 0)[0]
+    refusal = random_frame(1, 48, 0)[0]
     assert float((basis @ refusal).norm()) < 0.6  # as a random direction in 6 of 48 dimensions may
     answered = groups.role < 0
     means = torch.stack([states[answered & (groups.subject == s)].mean(0) for s in range(0, 8, 2)])
@@ -207,7 +207,7 @@ def test_the_noise_level_and_edge_of_white_noise(n: int, d: int) -> None:
 
 
 def test_a_class_of_planted_rank_has_that_many_eigenvalues_over_the_edge() -> None:
-    axes, n = random_basis(3, 200, 0), 80
+    axes, n = random_frame(3, 200, 0), 80
     states = 20 * draw(n, 3, seed=1) @ axes + draw(n, 200, seed=2)
     found = class_spectrum(states, torch.arange(n) // 4, 10)
     assert found["over_edge"] == 3
@@ -337,7 +337,7 @@ def test_sweeps_equal_the_plain_way_and_the_null_has_the_ablations_dose() -> Non
     backend = tiny_backend("llama")
     rows = tiny_rows(backend)
     sites = [Site(1), Site(2), Site(3)]
-    basis = {s: random_basis(4, backend.d_model, s.layer) for s in sites}
+    basis = {s: random_frame(4, backend.d_model, s.layer) for s in sites}
     bench = Bench.of(backend, rows, TOKENS, 1)
     found = ablation_sweep(bench, basis, [1, 4], [rotated(basis, 50)])
     assert found["outcome"].shape == (2, 2, 2, len(rows)) and found["dose"].shape == (2, 2, 3)
@@ -364,7 +364,7 @@ def record_shares(backend: Any, rows: Any, basis: Any) -> Any:
 def test_doses_are_shares_of_the_residual_norm() -> None:
     backend = tiny_backend("llama")
     rows = tiny_rows(backend)
-    basis = random_basis(3, backend.d_model, 0)
+    basis = random_frame(3, backend.d_model, 0)
     edit = Dosed(AblateSubspace(S, basis))
     for _ in backend.batches(rows, lambda batch: backend.run(batch, edit)):
         pass
@@ -377,11 +377,11 @@ def test_gradients_are_finite_differences_and_the_push_is_the_best_in_its_span()
     backend = tiny_backend("llama")
     rows = tiny_rows(backend)
     slopes = log_odds_gradients(backend, rows, TOKENS, [Site(1), S])
-    v, step = random_basis(1, backend.d_model, 3)[0], 1e-2
+    v, step = random_frame(1, backend.d_model, 3)[0], 1e-2
     up, down = (log_odds(backend, rows, TOKENS, add({S: v.float()}, {S: sign * step})) for sign in (1, -1))
     torch.testing.assert_close(slopes[S] @ v, (up - down) / (2 * step), atol=2e-3, rtol=0.02)
     gradient = slopes[S].mean(0)
-    bench, basis = Bench.of(backend, rows, TOKENS, 2), random_basis(6, backend.d_model, 4)
+    bench, basis = Bench.of(backend, rows, TOKENS, 2), random_frame(6, backend.d_model, 4)
     found = push_sweep(bench, S, gradient, [basis, basis.flip(0)], [1, 6], 0.05)["outcome"][:, :, 0].mean(2)
     base = bench.measure(None)[0].mean()
     assert float(found[1, 0]) < float(found[0].min()) < float(base)

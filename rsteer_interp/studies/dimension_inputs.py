@@ -29,7 +29,7 @@ from rsteer_interp.studies.dimension_sweep import Base
 from rsteer_interp.studies.layer_curves import correlations
 from rsteer_interp.studies.study import NotApplicable, Study
 from rsteer_interp.studies.subspace_union import leading
-from rsteer_interp.studies.subspaces import FAMILIES, Groups, families, random_basis, topics
+from rsteer_interp.studies.subspaces import FAMILIES, Groups, families, like_states, topics
 from rsteer_interp.studies.turned_ablation import Bases
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Inputs:
         topic = {s: topics(self.states[s], self.groups, max(self.ks)) for s in self.sites}
         like = {s: self.evidence[s].complying for s in self.sites}
         drawn: list[Bases] = [
-            {s: random_basis(max(self.ks), self.d_model, self._seed(i), like[s]) for s in self.sites}
+            {s: like_states(max(self.ks), self._seed(i), like[s]) for s in self.sites}
             for i in range(self.config.controls)
         ]
         every: dict[str, list[Bases]] = {"topics": [topic], "covariance": drawn}
@@ -126,9 +126,9 @@ class Inputs:
 
     @cached_property
     def frames(self) -> list[Float[Tensor, "k d"]]:
-        """Random bases at one site, `random` for each family in turn."""
-        most, n = min(max(self.ks), self.d_model), self.config.random * len(self.families)
-        return [random_frame(most, self.d_model, self._seed(_FRAMES + i)) for i in range(n)]
+        """Random bases at one site: the null of the push, which knows the span alone."""
+        most = min(max(self.ks), self.d_model)
+        return [random_frame(most, self.d_model, self._seed(_FRAMES + i)) for i in range(self.config.random)]
 
     @property
     def d_model(self) -> int:

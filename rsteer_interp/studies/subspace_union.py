@@ -33,16 +33,20 @@ def union_ranks(
     n_null: int = 5,
 ) -> tuple[UnionRank, ...]:
     """Rank of the union for every K, beside that of random bases drawn apart for each site (what no agreement looks like; turning
-    all by one rotation changes nothing). Bands are the central 95 % of the `resampled` bases that have K rows."""
+    all by one rotation changes nothing). Bands are the central 95 % of the `resampled` bases that have K rows, and the value itself:
+    a resample has noise of its own, so that bands lean to more dimensions, never to fewer."""
     d, found = next(iter(bases.values())).shape[1], []
     for k in ks:
         effective, dims_90, dims_99 = _ranks(bases, k)
         apart = [{s: random_frame(k, d, _seed(seed, draw, i)) for i, s in enumerate(bases)} for draw in range(n_null)]
         null = torch.tensor([_ranks(draw, k) for draw in apart], dtype=torch.float64).mean(0).tolist()
         draws = [_ranks(draw, k)[:2] for draw in resampled if min(map(len, draw.values())) >= k]
-        bands = None
+        bands: list[tuple[float, float]] | None = None
         if len(draws) * 2 > len(resampled):  # else the draws that reach K are a selection
-            bands = tuple(zip(*(side.tolist() for side in percentiles(draws)), strict=True))
+            own = (effective, dims_90)
+            bands = [
+                (min(a, x), max(b, x)) for a, b, x in zip(*(p.tolist() for p in percentiles(draws)), own, strict=True)
+            ]
         found.append(
             UnionRank(
                 k=k,

@@ -149,12 +149,10 @@ def principal(rows: Float[Tensor, "m d"], k: int, size: float | None = None) -> 
     return vectors[values > _RANK * (float(rows.norm()) if size is None else size)][: max(k, 0)]
 
 
-def random_basis(k: int, d: int, seed: int, like: Moments | None = None) -> Float[Tensor, "r d"]:
-    """k orthonormal rows: uniformly random, or random vectors with the covariance of the moments `like`, made orthonormal in
-    their order. One seed gives neighbouring layers the same mixture of prompts, so they agree as real directions do."""
-    rows = random_unit_vectors(k, d, seed, like)
-    if like is not None:
-        rows = rows[: like.count - 1]  # no more dimensions than the states span
+def like_states(k: int, seed: int, like: Moments) -> Float[Tensor, "r d"]:
+    """k orthonormal rows: random vectors with the covariance of the moments `like`, made orthonormal in their order. One seed gives
+    neighbouring layers the same mixture of prompts, so they agree as real directions do."""
+    rows = random_unit_vectors(k, like.d, seed, like)[: like.count - 1]  # no more dimensions than the states span
     q, r = torch.linalg.qr(rows.T)
     basis: Tensor = (q * r.diagonal().sign()).T
     return basis[r.diagonal().abs() > _RANK]
