@@ -117,6 +117,7 @@ def _by_k(axes: Any, curves: Mapping[str, Curve | Control], null_of: Curve) -> N
     for name, curve in curves.items():
         ink, mark, line, _ = LOOKS[name]
         _curve(axes, curve, ink, mark, line)
+    axes.axhline(0, color=colour("ink"), lw=0.5)
     _k_axis(axes, max((curve.ks for curve in curves.values()), key=len))
 
 
@@ -126,12 +127,12 @@ def _by_basis(axes: Any, everywhere: Ablation, found: Dimensions) -> None:
         ink, mark, _ = BASES[basis]
         axes.fill_between(curve.ks, curve.null_low, curve.null_high, color=ink, alpha=0.12, lw=0)
         _curve(axes, curve, ink, mark, "-")
+    axes.axhline(0, color=colour("ink"), lw=0.5)
     axes.axhline(everywhere.gap, color=colour("ink"), ls=":", lw=0.8)
     _k_axis(axes, max((curve.ks for curve in curves.values()), key=len))
 
 
 def _curve(axes: Any, curve: Curve | Control, ink: str, mark: str, line: str) -> None:
-    axes.axhline(0, color=colour("ink"), lw=0.5)
     y, errors = _bars(curve.removed)
     axes.errorbar(curve.ks, y, errors, color=ink, marker=mark, ls=line, lw=1.0, elinewidth=0.6)
     if isinstance(curve, Curve) and curve.beyond and curve.enough is not None and curve.enough.k is not None:
