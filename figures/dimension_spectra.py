@@ -1,7 +1,7 @@
 """In how many dimensions refused and answered prompts differ, and in how many of them two halves of the data agree.
 
-(a) Eigenvalues of differences beside shuffled labels: with topic in them ("pairs") and without ("subjects"); (b) overlap of
-the K-dimensional subspaces fitted on two halves of the subjects, beside shuffled labels.
+(a) Eigenvalues of differences between refused and answered prompts of one subject, beside labels shuffled inside subjects; (b)
+overlap of the K-dimensional subspaces fitted on two halves of the subjects, beside shuffled labels.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 KIND = "dimensionality"
 SHOWN = 12  # eigenvalues
-CONTRASTS = {
-    "pairs": "Refused sensitive minus\nanswered matched",
-    "subjects": "Refused minus answered\ninside each subject",
-}
+CONTRASTS = {"subjects": "Refused minus answered\ninside each subject"}
 FAMILIES = {
     "pairs": (colour("refusing"), "o", "paired differences"),
     "subjects": (colour("md"), "s", "inside subjects"),
@@ -36,7 +33,7 @@ class Config(FigureConfig):
 
 
 def draw(result: Result) -> Drawing:
-    """Both contrasts' spectra and the agreement of halves."""
+    """The contrast's spectrum and the agreement of halves."""
     data = study_data(result)
     if not data.get("variance", {}).get("contrasts"):
         raise UserError(
@@ -64,8 +61,8 @@ def draw(result: Result) -> Drawing:
     return Drawing(
         figure,
         "In how many dimensions refusal varies, and in how many that can be repeated",
-        f"Layer {layer}, chosen on select; eigenvalues from report. Grey: central 95 % of label shuffles inside a pair of subjects (pairs, where topic "
-        f"counts) or inside a subject (subjects, where it does not); filled markers lead and are above the null's 95 % quantile ({counts}). "
+        f"Layer {layer}, chosen on select; eigenvalues from report. Grey: central 95 % of label shuffles inside subjects, so that topic counts "
+        f"for nothing; filled markers lead and are above the null's 95 % quantile ({counts}). "
         f"Last panel: mean squared cosine of the principal angles between subspaces from two halves of the fit subjects ({any_half} splits, central "
         f"95 %), shaded: labels shuffled. States of one class: {classes}.",
         {"layer": layer, **found},

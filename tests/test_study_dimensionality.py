@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.backends.edits import Site
@@ -116,12 +117,54 @@ def test_shuffled_labels_have_no_dimension_beyond_shuffled_labels() -> None:
     states, groups = planted(2)
     firsts = []
     for seed in range(20):
-        role = shuffled(groups.role, groups.subject, torch.Generator().manual_seed(100 + seed))
+        role = shuffled(groups.role, groups.subject, 100 + seed)
         found = parallel_analysis(
             lambda r: contrasts(states, r, groups.subject, each=False), role, groups.subject, 60, seed, 4
         )
         firsts.append(found["p_first"])
     assert sum(p <= 0.05 for p in firsts) <= 4
+
+
+def pure_topic(seed: int) -> tuple[Tensor, Groups]:
+    """Sensitive subjects are mostly refused, matched ones mostly answered, and states know the subject alone."""
+    g, subject = torch.Generator().manual_seed(seed), torch.arange(26).repeat_interleave(8)
+    sensitive = subject % 2 == 0
+    rate = (torch.randn(26, generator=g) + torch.where(torch.arange(26) % 2 == 0, 1.0, -1.5)).sigmoid()
+    role = (torch.rand(len(subject), generator=g) < rate[subject]).long() * 2 - 1
+    states = 3 * torch.randn(26, 24, generator=g)[subject] + torch.randn(len(subject), 24, generator=g)
+    states[:, 0] += 8.0 * sensitive
+    return states.double(), Groups(role, sensitive, subject, subject // 2)
+
+
+def test_pure_topic_has_no_dimension_of_refusal() -> None:
+    """What is said of differences fires in one of twenty simulations, where shuffles inside pairs of subjects nearly always did."""
+    firsts, inside_pairs = [], 0
+    for seed in range(40):
+        x, groups = pure_topic(seed)
+
+        def subjects(role: Tensor, x: Tensor = x, groups: Groups = groups) -> Tensor:
+            return contrasts(x, role, groups.subject, each=False)
+
+        def pairs(role: Tensor, x: Tensor = x, groups: Groups = groups) -> Tensor:
+            return contrasts(x, role, groups.pair, each=True)
+
+        firsts.append(parallel_analysis(subjects, groups.role, groups.subject, 99, seed, 2)["p_first"])
+        inside_pairs += parallel_analysis(pairs, groups.paired_role, groups.pair, 39, seed, 2)["p_first"] <= 0.05
+    assert sum(p <= 0.05 for p in firsts) <= 6 and stats.kstest(firsts, "uniform").pvalue > 0.01
+    assert inside_pairs >= 35
+
+
+def test_the_variance_side_shuffles_inside_subjects_alone() -> None:
+    """Of pure topic two halves agree, and with shuffled labels they agree as much; differences of pairs have no spectrum."""
+    beyond = 0
+    for seed in range(4):
+        x, groups = pure_topic(100 + seed)
+        found = variance(x, groups, x, groups, (1,), 19, 4, seed)
+        assert set(found["contrasts"]) == {"subjects"}
+        (row,) = found["halves"]["pairs"]
+        assert row["overlap"] > 0.5  # topic is what pairs agree on
+        beyond += row["overlap"] > row["null_high"]
+    assert beyond <= 1
 
 
 def test_contrasts_are_the_plain_differences() -> None:
@@ -183,9 +226,9 @@ def test_topics_hold_what_differs_between_subjects_and_no_refusal() -> None:
 def test_halves_agree_on_planted_dimensions_only() -> None:
     states, groups = planted(2)
 
-    def fit(index: Tensor, generator: torch.Generator | None) -> Tensor:
+    def fit(index: Tensor, seed: int | None) -> Tensor:
         part = groups.subset(index)
-        role = part.role if generator is None else shuffled(part.role, part.subject, generator)
+        role = part.role if seed is None else shuffled(part.role, part.subject, seed)
         return families(states[index], replace(part, role=role), 8)["subjects"]
 
     rows = half_overlaps(fit, groups.pair, [1, 2, 8, 64], 8, 0)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,11 +29,9 @@ def variance(
     n_splits: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Spectra of the classes and of both contrasts (report), and how far subspaces from two halves of fit agree.
-
-    "pairs" shuffles what prompts did inside a pair of a sensitive and a matched subject, so topic counts there; "subjects"
-    shuffles inside a subject, so it does not.
-    """
+    """Spectra of the classes and of refused minus answered prompts of the same subject (report), and how far subspaces from two
+    halves of fit agree. What prompts did is shuffled inside subjects alone: what differs between subjects is in the null too, and
+    differences of a sensitive and a matched subject, which hold it, have no spectrum here."""
     x = states.double()
     energy = energy_shares(Moments.of(x))
     classes: dict[str, Any] = {}
@@ -45,12 +42,12 @@ def variance(
             rest = without(x[mine], energy.coordinates)
             classes[f"{name}, without massive coordinates"] = class_spectrum(rest, groups.subject[mine], TOP)
     found: dict[str, Any] = {}
-    for name, role, group, each in (
-        ("pairs", groups.paired_role, groups.pair, True),
-        ("subjects", groups.role, groups.subject, False),
-    ):
-        if len(contrasts(x, role, group, each)) >= LEAST:
-            found[name] = parallel_analysis(partial(_contrast, x, group, each), role, group, n_shuffles, seed, TOP)
+    if len(contrasts(x, groups.role, groups.subject, each=False)) >= LEAST:
+
+        def contrast(role: Int[Tensor, " n"]) -> Float[Tensor, "m d"]:
+            return contrasts(x, role, groups.subject, each=False)
+
+        found["subjects"] = parallel_analysis(contrast, groups.role, groups.subject, n_shuffles, seed, TOP)
     halves = {
         name: half_overlaps(
             partial(_family, fit_states, fit_groups, max(ks), name),
@@ -65,22 +62,16 @@ def variance(
     return {"classes": classes, "contrasts": found, "halves": halves, "massive": massive}
 
 
-def _contrast(
-    x: Float[Tensor, "n d"], group: Int[Tensor, " n"], each: bool, role: Int[Tensor, " n"]
-) -> Float[Tensor, "m d"]:
-    return contrasts(x, role, group, each)
-
-
 def _family(
     states: Float[Tensor, "n d"],
     groups: Groups,
     k: int,
     name: str,
     index: Int[Tensor, " half"],
-    generator: torch.Generator | None,
+    seed: int | None,
 ) -> Float[Tensor, "r d"]:
-    """A family's basis from some of the prompts; with a generator, from labels shuffled inside subjects, or inside pairs of them."""
+    """A family's basis from some of the prompts; with a seed, from labels shuffled inside subjects."""
     part = groups.subset(index)
-    if generator is not None:
-        part = replace(part, role=shuffled(part.role, part.subject if name == "subjects" else part.pair, generator))
+    if seed is not None:
+        part = replace(part, role=shuffled(part.role, part.subject, seed))
     return families(states[index], part, k)[name]

@@ -68,8 +68,9 @@ def finding(found: Dimensions, variance: dict[str, Any]) -> str:
     parts = causal_finding(found)
     for name, contrast in variance["contrasts"].items():
         parts.append(
-            f"At layer {found.read_layer}, the {WORDS[name]} exceed those of shuffled labels in {contrast['beyond']} leading "
-            f"dimension{'' if contrast['beyond'] == 1 else 's'} (n = {contrast['n']}, p of the first = {contrast['p_first']:.2g})."
+            f"At layer {found.read_layer}, the {WORDS[name]} exceed those of labels shuffled inside subjects in {contrast['beyond']} leading "
+            f"dimension{'' if contrast['beyond'] == 1 else 's'} (n = {contrast['n']} subjects, p of the first = {contrast['p_first']:.2g}, at "
+            f"least {1 / (1 + contrast['n_shuffles']):.2g})."
         )
     return " ".join(parts)
 

@@ -21,7 +21,7 @@ from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.spectrum import principal_angles
 from rsteer_interp.statistics.draws import percentiles
-from rsteer_interp.statistics.resampling import bootstrap_counts, halves
+from rsteer_interp.statistics.resampling import bootstrap_counts, halves, permutations
 
 FAMILIES = ("pairs", "subjects", "ridge")
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ridge strengths, in mean eigenvalues of the answered prompts' covariance
@@ -169,30 +169,25 @@ def overlap(a: Float[Tensor, "k d"], b: Float[Tensor, "k d"]) -> float:
     return float(np.square(np.cos(principal_angles(a, b))).mean())
 
 
-def shuffled(role: Int[Tensor, " n"], group: Int[Tensor, " n"], generator: torch.Generator) -> Int[Tensor, " n"]:
+def shuffled(role: Int[Tensor, " n"], group: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
     """Roles permuted at random inside groups."""
-    order = group.argsort(stable=True)
-    keys = group.double() + torch.rand(len(role), generator=generator, dtype=torch.float64)
-    out = role.clone()
-    out[order] = role[keys.argsort()]
-    return out
+    return role[torch.from_numpy(permutations(len(role), 1, seed, within=group.numpy()))[0]]
 
 
 def half_overlaps(
-    fit: Callable[[Int[Tensor, " half"], torch.Generator | None], Float[Tensor, "r d"]],
+    fit: Callable[[Int[Tensor, " half"], int | None], Float[Tensor, "r d"]],
     group: Int[Tensor, " n"],
     ks: Sequence[int],
     n_splits: int,
     seed: int,
 ) -> list[dict[str, float]]:
     """Overlap of the k-dimensional subspaces that two halves of the groups give, per k that all halves reach: mean and the
-    central 95 % of the splits, beside fits of the same halves to shuffled labels (`fit` shuffles when it gets a generator)."""
-    generator = torch.Generator().manual_seed(seed)
+    central 95 % of the splits, beside fits of the same halves to shuffled labels (`fit` shuffles when it gets a seed)."""
     found, null = [], []
-    for first in torch.from_numpy(halves(len(group), n_splits, seed, clusters=group.numpy())):
+    for i, first in enumerate(torch.from_numpy(halves(len(group), n_splits, seed, clusters=group.numpy()))):
         both = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
         found.append([fit(half, None) for half in both])
-        null.append([fit(half, generator) for half in both])
+        null.append([fit(half, 1000 * seed + 2 * i + side) for side, half in enumerate(both)])
     rank, d = min(len(basis) for pair in (*found, *null) for basis in pair), found[0][0].shape[1]
     rows = []
     for k in (k for k in ks if k <= rank):

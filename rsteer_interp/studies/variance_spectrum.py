@@ -19,7 +19,8 @@ from rsteer_interp.moments import Moments
 from rsteer_interp.spectrum import spectrum
 from rsteer_interp.statistics.draws import p_value, percentiles, upper
 from rsteer_interp.statistics.intervals import Estimate
-from rsteer_interp.studies.subspaces import distinct, shuffled
+from rsteer_interp.statistics.resampling import permutations
+from rsteer_interp.studies.subspaces import distinct
 
 Contrast = Callable[[Int[Tensor, " n"]], Float[Tensor, "m d"]]
 
@@ -59,11 +60,12 @@ def parallel_analysis(
     """Eigenvalues of the (uncentred) second moment of contrasts beside those with roles shuffled inside groups (Horn 1965).
 
     `beyond`: how many leading eigenvalues are each over the 95 % quantile of the null at their rank. `p_first`: share of shuffles
-    with as large a first eigenvalue. What differs inside a group and is not its roles, such as topic, is in the null too.
+    with as large a first eigenvalue. Groups are subjects: of groups that hold several, such as pairs of them, what differs between
+    subjects would be in the contrast and not in the null.
     """
     values = _second_moment(contrast(role))[:top]
-    generator = torch.Generator().manual_seed(seed)
-    null = torch.stack([_second_moment(contrast(shuffled(role, group, generator)))[:top] for _ in range(n_shuffles)])
+    orders = torch.from_numpy(permutations(len(role), n_shuffles, seed, within=group.numpy()))
+    null = torch.stack([_second_moment(contrast(role[order]))[:top] for order in orders])
     low, high = percentiles(null)
     q95 = upper(null)
     over = values > torch.from_numpy(q95)
