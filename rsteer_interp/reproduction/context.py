@@ -15,6 +15,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.batch import ChatTemplate, Tokens
 from rsteer_interp.judges.base import Judge
+from rsteer_interp.key import UNKEYED
 from rsteer_interp.prompts import Prompt, PromptSet, Split, load_prompts
 from rsteer_interp.reproduction.presets import Preset
 from rsteer_interp.results import Provenance, Result, stage
@@ -79,7 +80,15 @@ class Context:
         self, name: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Mapping[str, Tensor] | None]]
     ) -> Result:
         """The step's result: from disk when it is there for the same key, else computed, timed and saved."""
-        full_key = {"model": self.backend.fingerprint, "template": self.template.digest, **self.settings, **key}
+        full_key = {
+            "model": self.backend,
+            "template": self.template,
+            "judge": self.judge,
+            "preset": self.preset,
+            "seed": self.seed,
+            "settings": {name: value for name, value in self.settings.items() if name not in UNKEYED},
+            **key,
+        }
 
         def timed() -> tuple[Any, Mapping[str, Tensor] | None]:
             begin = time.perf_counter()
