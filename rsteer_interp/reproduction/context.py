@@ -30,7 +30,7 @@ class Context:
     preset: Preset
     folder: Path
     seed: int
-    settings: Mapping[str, Any]  # whatever of the config changes results
+    settings: Mapping[str, Any]  # the config, but for the folder
     seconds: dict[str, float] = field(default_factory=dict)
     kind: str = "reproduce"
 
@@ -79,12 +79,16 @@ class Context:
     def stage(
         self, name: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Mapping[str, Tensor] | None]]
     ) -> Result:
-        """The step's result: from disk when it is there for the same key, else computed, timed and saved."""
+        """The step's result: from disk when it is there for the same key, else computed, timed and saved.
+
+        `key` holds what the outcome depends on beside the run's fixed parts, as objects (see `key`).
+        """
         full_key = {
             "model": self.backend,
             "template": self.template,
             "judge": self.judge,
             "preset": self.preset,
+            "prompts": self.prompt_sets,
             "seed": self.seed,
             "settings": {name: value for name, value in self.settings.items() if name not in UNKEYED},
             **key,

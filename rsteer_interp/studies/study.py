@@ -223,7 +223,7 @@ class Study(Generic[C]):
         return {k: v for k, v in asdict(self.config).items() if k not in INCIDENTAL}
 
     def provenance(self) -> Provenance:
-        return Provenance.collect(self.backend, config=self.settings, seeds=self.config.seed, template=self.template)
+        return Provenance.collect(self.backend, config=self.config, seeds=self.config.seed, template=self.template)
 
     def save(self, data: Mapping[str, Any], tensors: Tensors = None) -> Result:
         """The study's result, with the model, settings and notes that every study's result has."""
