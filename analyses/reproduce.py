@@ -38,7 +38,7 @@ class Config:
     device_map: str | None = None
     """Passed to transformers (hooks backend), for example auto."""
     batch_size: int = 96
-    """Most rows at once; halved when memory runs out."""
+    """Most rows at once; halved when memory runs out. Below float32 results move with it: steps kept at another are run again."""
     seed: int = 0
     """Seed of prompt samples, sampled replies and nulls."""
     target: float = 1.3

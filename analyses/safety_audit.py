@@ -67,7 +67,7 @@ class Config:
     device_map: str | None = None
     """Passed to transformers (hooks backend), for example auto."""
     batch_size: int = 64
-    """Most rows at once; halved when memory runs out."""
+    """Most rows at once; halved when memory runs out. Below float32 results move with it: steps kept at another are run again."""
     other_model: bool = False
     """Apply the configuration although the model's weights are not the ones it was made for."""
     trust_remote_code: bool = False

@@ -48,7 +48,7 @@ class Affine:
     kappa: float | Float[Tensor, " row"] = 0.0
     reference: Float[Tensor, " d"] | None = None
     amount: float | Float[Tensor, " row"] = 0.0
-    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False)
+    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         norm = float(self.direction.detach().double().norm())
@@ -162,7 +162,7 @@ class AblateSubspace:
     basis: Float[Tensor, "k d"]
     into: Float[Tensor, "k d"] | None = None
     scale: float = 1.0
-    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False)
+    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False, compare=False)
 
     pointwise = True
 

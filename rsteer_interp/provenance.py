@@ -171,7 +171,9 @@ class Provenance(BaseModel):
             prompt_sets={name: digest_of(item) for name, item in sets.items()},
             packages=_versions(),
             platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-            notes=[_scrub_text(note) for note in (*getattr(backend, "notes", ()), *notes)],
+            notes=[
+                _scrub_text(note) for note in (*getattr(backend, "notes", ()), *getattr(template, "notes", ()), *notes)
+            ],
             inputs={name: digest_of(item) for name, item in (inputs or {}).items()},
         )
 

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
 from rsteer_interp.batch import Batch, Start
 from rsteer_interp.errors import UserError
+from rsteer_interp.key import of_model
 
 T = TypeVar("T")
 
@@ -84,6 +86,11 @@ class Backend(Batching):
         if prefers_onednn() and use_onednn(model):
             self.notes.append("fp32 linear layers run by oneDNN, which is faster than MKL on this processor")
         self.checkpoint: Any = None  # the Checkpoint it was loaded from, when `load_backend` made it
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What results depend on here (see `key.of_model`), as it is when first asked for: memory may run out later."""
+        return of_model(self)
 
     # -- what a backend supplies ---------------------------------------------------------------------------------
 

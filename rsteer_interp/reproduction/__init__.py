@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 KIND = "reproduce"
 HEADLINE = "wrmd"  # the paper's method: the null's doses, the density and the PCA's layer are those of its directions
-_INCIDENTAL = {"out", "batch_size", "device_map"}  # settings that change no result
 
 
 def reproduce(config: Config, scripts: Path) -> Path:
@@ -56,7 +55,7 @@ def reproduce(config: Config, scripts: Path) -> Path:
 
 def _context(config: Config) -> Context:
     backend = configured_backend(config, config.model, config.backend)
-    settings = {k: v for k, v in asdict(config).items() if k not in _INCIDENTAL}
+    settings = {k: v for k, v in asdict(config).items() if k != "out"}
     judge = load_judge(config.judge, backend)
     return Context(backend, judge, PRESETS[config.preset], config.out, config.seed, settings)
 

@@ -124,7 +124,7 @@ def find(
             "n_refusing": len(select.refusing),
         }, None
 
-    key = {"method": vectors.method, "target": target, "tokens": tokens, "preset": str(context.preset)}
+    key = {"vectors": vectors, "select": select, "target": target, "tokens": tokens}
     return context.stage(f"3_finder_{vectors.method}", key, compute).data
 
 
@@ -148,7 +148,7 @@ def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[
         points = [{"method": "base", "null": False, **base, "removal": 0.0}]
         return {"points": points + [{"method": "random", "null": True, **point} for point in random]}, None
 
-    key = {"amounts": sorted(reference.amounts.values()), "method": reference.method, "n": NULL_DRAWS}
+    key = {"steering": reference, "refusing": screen.refusing, "confidence": screen.confidence, "draws": NULL_DRAWS}
     points: list[dict[str, Any]] = context.stage("3_finder_random", key, compute).data["points"]
     return points
 

@@ -43,8 +43,7 @@ def evaluate(context: Context, label: str, steering: Steering | None, tokens: tu
                 ]
         return {"rates": rates, "replies": replies}, None
 
-    key = {"steering": _key(steering), "tokens": tokens, "preset": str(context.preset)}
-    return context.stage(f"4_evaluation_{label}", key, compute).data
+    return context.stage(f"4_evaluation_{label}", {"steering": steering, "tokens": tokens}, compute).data
 
 
 def answers(context: Context, steerings: Mapping[str, Steering]) -> dict[str, Any]:
@@ -58,8 +57,7 @@ def answers(context: Context, steerings: Mapping[str, Steering]) -> dict[str, An
             found = effects_of_each(context.backend, rows, [s.edit() for s in steerings.values()], advance)
         return {m: _estimates(effects, context.seed) for m, effects in zip(steerings, found, strict=True)}, None
 
-    key = {"steerings": {m: _key(s) for m, s in steerings.items()}, "preset": str(context.preset)}
-    return context.stage("5_answers", key, compute).data
+    return context.stage("5_answers", {"steerings": steerings}, compute).data
 
 
 def _estimates(effects: AnswerEffects, seed: int) -> dict[str, Any]:
@@ -75,15 +73,4 @@ def _written(context: Context, prompt_set: str, reply: Reply) -> dict[str, Any]:
         "refused": reply.verdict.refused,
         "confidence": reply.verdict.confidence,
         "log_odds": reply.log_odds,
-    }
-
-
-def _key(steering: Steering | None) -> dict[str, Any] | None:
-    if steering is None:
-        return None
-    return {
-        "method": steering.method,
-        "amounts": {str(site): amount for site, amount in steering.amounts.items()},
-        "reposition": steering.reposition,
-        "directions": steering.directions.double().sum(0).tolist(),
     }

@@ -39,8 +39,9 @@ def score(context: Context, split: Split) -> tuple[Scored, dict[str, Any]]:
     """Scored prompts of the split, and the step's data (replies are not kept, only what is measured of them)."""
     counts = context.preset.fit if split == "fit" else context.preset.select
 
+    prompts = context.prompts(split, counts)
+
     def compute() -> tuple[dict[str, Any], None]:
-        prompts = context.prompts(split, counts)
         sampling = Sampling(context.preset.samples, 1.0, context.seed)
         with progress(f"scoring {split} prompts", len(prompts)) as advance:
             replies = reply_and_judge(
@@ -62,7 +63,7 @@ def score(context: Context, split: Split) -> tuple[Scored, dict[str, Any]]:
             "undecided": sum(r.verdict.z == 0 for group in replies for r in group),
         }, None
 
-    data = context.stage(f"1_scores_{split}", {"counts": counts, "preset": str(context.preset)}, compute).data
+    data = context.stage(f"1_scores_{split}", {"sample": prompts}, compute).data
     scored = Scored(
         data["prompts"], data["sets"], data["subjects"], torch.tensor(data["confidence"], dtype=torch.float64)
     )

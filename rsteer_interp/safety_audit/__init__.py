@@ -40,13 +40,13 @@ from rsteer_interp.safety_audit.measures import (
 )
 from rsteer_interp.safety_audit.plan import ROLES, Plan, Role
 from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, threshold
-from rsteer_interp.safety_audit.subject import Subject, content_digest
+from rsteer_interp.safety_audit.subject import Subject
 from rsteer_interp.safety_audit.verdict import Verdict, decide
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.steering import Steering
 
-__all__ = ["Audit", "Plan", "Subject", "Verdict", "audit", "content_digest", "decide"]
+__all__ = ["Audit", "Plan", "Subject", "Verdict", "audit", "decide"]
 
 SHIFTED = 48  # prompts of a set whose states are compared
 
@@ -217,7 +217,7 @@ class _Run:
             "threshold": cut_off,
             "seed": self.plan.seed,
             "layer": self.after.layer,
-            "push": None if self.after.push is None else self.after.push.tolist(),
+            "push": self.after.push,
         }
         return self._step("4_random", key, compute, changed=True)
 
@@ -229,7 +229,7 @@ class _Run:
         def compute() -> dict[str, Any]:
             return {"sites": state_shift(self.before, self.after, prompts, refused, self.plan.seed)}
 
-        key = {"prompts": prompts, "refused": refused.tolist(), "seed": self.plan.seed}
+        key = {"prompts": prompts, "refused": refused, "seed": self.plan.seed}
         sites: list[dict[str, Any]] = self._step("5_states", key, compute, changed=True)["sites"]
         return sites
 
@@ -239,7 +239,7 @@ class _Run:
         return self._step("5_embeddings", {}, lambda: embedding_check(self.before, self.after.backend), changed=True)
 
     def _judged(self) -> dict[str, Any]:
-        return {"judge": self.judge.name, "tokens": self.plan.tokens}
+        return {"judge": self.judge, "tokens": self.plan.tokens}
 
     def _step(
         self, name: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Any]], *, changed: bool = False
@@ -247,11 +247,9 @@ class _Run:
         """The step's data; `changed` steps depend on the subject too."""
         if self.out is None:
             return compute()
-        whole = dict(key) | _identity(self.before)
+        whole = {"model": self.before, "template": self.before.template(), **key}
         if changed:
-            whole |= {"subject": self.after.digest, "system": self.after.treatment.system} | {
-                f"subject_{k}": v for k, v in _identity(self.after.backend).items()
-            }
+            whole["subject"] = self.after
 
         def computed() -> tuple[dict[str, Any], Mapping[str, Tensor] | None]:
             return compute(), None
@@ -260,12 +258,3 @@ class _Run:
             return Provenance.collect(self.before, seeds=self.plan.seed, template=self.before.template())
 
         return stage(self.out / "steps" / name, f"safety_audit/{name}", whole, computed, record).data
-
-
-def _identity(backend: Backend) -> dict[str, Any]:
-    return {
-        "model": backend.fingerprint,
-        "template": backend.template().digest,
-        "backend": backend.name,
-        "dtype": str(backend.model.dtype),
-    }

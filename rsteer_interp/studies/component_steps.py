@@ -69,7 +69,7 @@ def take_apart(
                 advance(len(group))
         return {"names": names}, {"parts": torch.stack([out[i] for i in range(len(rows))])}
 
-    key = {"prompts": scored.texts, "layer": layer, "direction": v.double().tolist()}
+    key = {"prompts": scored.texts, "layer": layer, "direction": v}
     found = study.stage(f"2_parts_{split}", key, compute)
     return found.tensors["parts"].double(), found.data["names"]
 
@@ -85,7 +85,7 @@ def ablation(
 ) -> dict[str, Any]:
     """Refusal log-odds removed by setting heads at the last token to their mean over fit prompts, both classes alike."""
     sites = [Site(layer, "z") for layer in sorted({layer for layer, _ in chosen})]
-    shared = {"fit": fit.texts, "confidence": fit.confidence.tolist(), "chosen": chosen}
+    shared = {"fit": fit, "chosen": chosen}
 
     def mean() -> tuple[dict[str, Any], dict[str, Tensor]]:
         states = last_heads(reader.backend(), study.template.encode_all(fit.texts), sites)

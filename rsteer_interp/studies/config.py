@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-INCIDENTAL = frozenset({"out", "scores", "batch_size", "device_map"})  # settings that change no result
+INCIDENTAL = frozenset(
+    {"out", "scores", "batch_size", "device_map"}
+)  # where things lie and how they run: no part of a question
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,6 @@ class StudyConfig:
     trust_remote_code: bool = False
     """Run code that comes with the model's repository; read it first."""
     batch_size: int = 96
-    """Most rows at once; halved when memory runs out."""
+    """Most rows at once; halved when memory runs out. Below float32 results move with it: steps kept at another are run again."""
     seed: int = 0
     """Seed of prompt samples, random directions, permutations and bootstraps."""

@@ -123,7 +123,7 @@ class Inputs:
         """What the outcome of every step depends on, and what one step adds."""
         return {
             "prompts": [self.refused, self.answered],
-            "fit": [self.fit.texts, self.fit.confidence.tolist()],
+            "fit": self.fit,
             "tokens": self.study.refusal_tokens,
             "settings": [max(self.ks), self.config.random, self.config.seed, *more],
         }

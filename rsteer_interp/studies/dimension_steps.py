@@ -40,7 +40,7 @@ def ablation(inputs: Inputs, where: str, sites: list[Site]) -> dict[str, Any]:
                     bench(), here[0], ks, [dict.fromkeys(sites, u) for u in inputs.isotropic_of(name)]
                 )
 
-            swept[name] = ks, _stage(inputs, f"3_{where}_{name}", sweep, [s.layer for s in sites], ks)
+            swept[name] = ks, _stage(inputs, f"3_{where}_{name}", sweep, here, ks, inputs.isotropic)
             advance(1)
     removed = {name: _removed(inputs, raw["outcome"]) for name, (_, raw) in swept.items()}
     own = {name: dict(zip(swept[name][0], removed[name][:, 1:], strict=True)) for name in inputs.families}
@@ -94,7 +94,7 @@ def addition(inputs: Inputs) -> dict[str, Any]:
             def sweep(draws: list[Tensor] = draws, ks: list[int] = ks) -> dict[str, Tensor]:
                 return push_sweep(bench(), site, gradient, draws, ks, amount)
 
-            raw = _stage(inputs, f"4_push_{name}", sweep, site.layer, ks, config.dose, inputs.pushed)
+            raw = _stage(inputs, f"4_push_{name}", sweep, site, gradient, draws, ks, amount)
             removed[name] = ks, _removed(inputs, raw["outcome"])
             advance(1)
     null = dict(zip(*removed["isotropic"], strict=True))

@@ -19,7 +19,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.progress import progress
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.statistics.paired import paired_permutation
-from rsteer_interp.studies.study import Study
+from rsteer_interp.studies.study import Study, place
 
 if TYPE_CHECKING:
     from analyses.embedding_noise import Config
@@ -42,7 +42,9 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             texts = [p.prompt for p in study.prompts("report", name, config.prompts)]
             key = {"prompts": texts, "tokens": tokens, "doses": config.doses, "directions": config.directions}
             run = partial(_response, study, config, texts, kind)
-            found[name][kind] = study.stage(f"2_{name}_{kind}", {**key, "kind": kind, "seed": config.seed}, run).data
+            found[name][kind] = study.stage(
+                f"2_{place(name)}_{kind}", {**key, "kind": kind, "seed": config.seed}, run
+            ).data
             advance(1)
     every = study.template.encode_all(
         [p.prompt for name in config.sets for p in study.prompts("report", name, config.prompts)]

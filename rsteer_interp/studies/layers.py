@@ -40,7 +40,6 @@ LEAST = 4  # fewest refusing report prompts for a causal curve
 QUESTION = "In which layers can refusal be read, and in which is it caused?"
 SETS = (POLITICAL, MATCHED)
 _SPLITS: tuple[Split, ...] = ("fit", "select", "report")
-_CAUSAL = ("refusing", "random", "dose", "null", "seed")  # settings on which the causal curve depends
 
 
 def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
@@ -71,7 +70,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         for method, of_method in units.items()
     }
     texts = [report.texts[i] for i in report.refusing[: config.refusing]]
-    causal = _causal(study, config, units[config.methods[0]], fit, texts, evidence)
+    causal = _causal(study, config, units[config.methods[0]], texts, evidence)
     data = {
         "base_rates": study.rates("report", *SETS),
         "n_fit": fit_counts(fit),
@@ -96,18 +95,12 @@ def _causal(
     study: Study,
     config: Config,
     units: dict[Site, Tensor],
-    fit: Scored,
     texts: list[str],
     evidence: dict[Site, Evidence],
 ) -> dict[str, Any]:
     backend, tokens = study.backend, study.refusal_tokens
     rows, sites = study.template.encode_all(texts), [s for s in units if s.layer < backend.n_layers]
-    key = {name: getattr(config, name) for name in _CAUSAL} | {
-        "method": config.methods[0],
-        "prompts": texts,
-        "fit": fit.confidence.tolist(),
-        "tokens": tokens,
-    }
+    key = {"prompts": texts, "sites": sites, "tokens": tokens}
 
     def base() -> tuple[dict[str, Any], None]:
         norms = mean_norms(backend, rows, sites)
@@ -124,7 +117,8 @@ def _causal(
                 odds = single_site(backend, rows, tokens, site, units[site], random, config.dose * norm)
                 return {}, {"log_odds": odds}
 
-            found = study.stage(f"3_layer_{site.layer:02d}", {**key, "tokens": tokens}, compute)
+            edits = {"direction": units[site], "random": random, "amount": config.dose * norm}
+            found = study.stage(f"3_layer_{site.layer:02d}", {**key, **edits}, compute)
             effects.append(torch.tensor(start["log_odds"], dtype=torch.float64) - found.tensors["log_odds"].double())
             advance(1)
     x = torch.stack(effects, -1)  # edit, direction (ours, random ...), prompt, layer

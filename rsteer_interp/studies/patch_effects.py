@@ -56,7 +56,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
                 return {}, patch_pair(study, rows, pair, sites, tokens)
 
             texts = [report.texts[i] for i in asdict(pair).values()]
-            key = {"prompts": texts, "sites": [str(site) for site in sites], "tokens": tokens}
+            key = {"prompts": texts, "sites": sites, "tokens": tokens}
             found.append(study.stage(f"3_pair_{number:02d}", key, compute).tensors)
             advance(1)
     base = torch.stack([t["base"] for t in found]).double()  # pair, (refused, answered)

@@ -53,14 +53,15 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     learned = _learned(study, config)
     threshold = _threshold(study, config)
     n = min(config.prompts, len(refused) - 2)  # two held out at least
+    talks = load_prompts("conversations").sample(config.conversations, config.seed)
     key = {
-        "prompts": refused,
+        "prompts": refused[:n],
         "tokens": study.refusal_tokens,
         "threshold": threshold,
-        **{name: getattr(config, name) for name in ("prompts", "vectors", "dose", "bound", "conversations", "seed")},
+        "conversations": talks,
+        **{name: getattr(config, name) for name in ("vectors", "dose", "bound", "seed")},
     }
     rows = study.template.encode_all(refused)
-    talks = load_prompts("conversations").sample(config.conversations, config.seed)
     answers = [study.template.encode(talk.prompt, talk.answer) for talk in talks]
 
     def one_layer(layer: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -83,7 +84,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     audits, vectors = [], torch.empty(0)
     with progress("one layer at a time", len(layers)) as advance:
         for layer in layers:
-            used = {name: v[Site(layer)].tolist() for name, v in learned.items()}
+            used = {name: v[Site(layer)] for name, v in learned.items()}
             stored = study.stage(f"2_layer_{layer}", {**key, "learned": used}, partial(one_layer, layer))
             audits.append(_audit(layer, stored.data, stored.tensors))
             vectors = stored.tensors["vectors"]
@@ -94,7 +95,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         "flips_per_vector": [one.flipped(threshold).double().mean(1).tolist() for one in audits],
         "falls": [one.falls.tolist() for one in audits],
         "learned": list(learned),
-        "aggregation": _aggregation(study, config, audit, rows[n : 2 * n], key),
+        "aggregation": _aggregation(study, config, audit, rows[n : 2 * n]),
         "base_rates": study.rates("report", config.audited),
         "set": config.audited,
     }
@@ -135,9 +136,7 @@ def _audit(layer: int, data: dict[str, Any], tensors: Any) -> LayerAudit:
     return LayerAudit(layer, data["mu"], data["dose"], guard, tensors["base"], tensors["change"], learned)
 
 
-def _aggregation(
-    study: Study, config: Config, audit: RandomAudit, held_out: list[Any], key: dict[str, Any]
-) -> dict[str, Any] | None:
+def _aggregation(study: Study, config: Config, audit: RandomAudit, held_out: list[Any]) -> dict[str, Any] | None:
     """The aggregated direction at the layer where single ones flip most; None where no prompt is flipped by two of them."""
     layer = max(audit.layers, key=lambda one: float(one.flipped(audit.threshold).double().mean())).layer
 
@@ -156,8 +155,8 @@ def _aggregation(
             }
         }, None
 
-    flips = [one.flipped(audit.threshold).int().tolist() for one in audit.layers]
-    return study.stage("3_aggregation", {**key, "layer": layer, "flips": flips}, compute).data["found"]  # type: ignore[no-any-return]
+    key = {"audit": audit, "layer": layer, "held_out": held_out, "tokens": study.refusal_tokens, "seed": config.seed}
+    return study.stage("3_aggregation", key, compute).data["found"]  # type: ignore[no-any-return]
 
 
 def finding(data: dict[str, Any]) -> str:

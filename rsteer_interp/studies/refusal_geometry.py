@@ -63,15 +63,14 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
     answered = members(kinds, scored["fit"])[1].any(0)
     seen = {s: x[answered] for s, x in states["fit"].items()}
     random = random_directions(seen, config.random, config.seed)
-    key = {"fit": scored["fit"].texts, "confidence": scored["fit"].confidence.tolist(), "seed": config.seed,
-           "random": config.random}  # fmt: skip
     prompts = {s: Prompts.refused(scored[s], columns, config.refusing) for s in ("select", "report")}
-    key |= {"select": prompts["select"].texts, "report": prompts["report"].texts, "tokens": study.refusal_tokens}
     rows = [k for k in kinds if k in columns or k.name in ("political_inside", "safety_inside")]
     order = {k.name: i for i, k in enumerate(kinds)}
+    own = {k.name: {s: units[s][order[k.name]].float() for s in study.sites} for k in rows}
+    key = {**prompts, "directions": own, "random": random, "tokens": study.refusal_tokens}
     transfer = Transfer(
         study,
-        {k.name: {s: units[s][order[k.name]].float() for s in study.sites} for k in rows},
+        own,
         random,
         prompts["select"],
         prompts["report"],
@@ -140,12 +139,7 @@ def _atlas(study: Study, config: Config, kinds: tuple[Kind, ...], fit: Scored, s
                 advance(1)
         return {"layers": found}, None
 
-    key = {
-        "prompts": fit.texts,
-        "confidence": fit.confidence.tolist(),
-        "kinds": [k.name for k in kinds],
-        "seed": config.seed,
-    }
+    key = {"fit": fit, "kinds": kinds, "seed": config.seed}
     layers: list[dict[str, Any]] = study.stage("1_atlas", key, compute).data["layers"]
     return layers
 
@@ -219,7 +213,7 @@ def _independence(
     found = []
     with progress("ablating, and reading later layers", len(sources)) as advance:
         for layer in sources:
-            key = {**transfer.key, "names": names, "prompts": texts}
+            key = {**transfer.key, "names": names, "texts": texts, "units": some, "gaps": gaps}
             found.append(study.stage(f"5_source_{layer:02d}", key, partial(ablated, Site(layer))).tensors)
             advance(1)
     later = [list(range(layer + 1, study.n_layers + 1)) for layer in sources]

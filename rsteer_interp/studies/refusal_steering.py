@@ -78,7 +78,7 @@ def random_directions(
 
 @dataclass(eq=False)
 class Transfer:
-    """Everything that the runs share; `units[name]` are a kind's unit directions, `key` what they were fitted on."""
+    """Everything that the runs share; `units[name]` are a kind's unit directions, `key` what every step depends on."""
 
     study: Study
     units: dict[str, dict[Site, Float[Tensor, " d"]]]

@@ -28,6 +28,7 @@ from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge
+from rsteer_interp.key import digest
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Prompt, Split, load_prompts
 from rsteer_interp.refusal_scores import REFUSES_ABOVE, confidence_of, reply_and_judge
@@ -35,7 +36,7 @@ from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.reproduction.presets import GENERAL, HARMFUL, MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens
 from rsteer_interp.reproduction.vectors import States
-from rsteer_interp.results import Provenance, Result, key_digest, save_result, stage
+from rsteer_interp.results import Provenance, Result, save_result, stage
 from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.studies.config import INCIDENTAL, StudyConfig
 
@@ -175,7 +176,7 @@ class Study(Generic[C]):
                 "n_tokens": [group[0].n_tokens for group in replies],
             }, None
 
-        key = {"prompts": texts, "tokens": self.config.tokens, "judge": self.judge.name, "measures": "log_prob"}
+        key = {"prompts": prompts, "tokens": self.config.tokens, "judge": self.judge, "measures": "log_prob"}
         return self._stage(self.config.scores / f"{split}_{place(name)}", "scores", key, compute).data
 
     def _states(self, split: Split, name: str) -> Mapping[str, Tensor]:
@@ -195,31 +196,25 @@ class Study(Generic[C]):
     def stage(self, name: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Tensors]]) -> Result:
         """The step's result: from disk when it is there for the same key, else computed, timed and saved.
 
-        `key` holds all that the outcome depends on beside the model and its template: prompts, tokens, settings, seeds.
+        `key` holds all that the outcome depends on beside the model and its template, as objects (see `key`): prompts,
+        directions, scores, edits, settings, seeds, and the judge where replies are judged.
         """
         return self._stage(self.config.out / "steps" / name, f"{self.kind}/{name}", key, compute)
 
     def _stage(
         self, folder: Path, kind: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Tensors]]
     ) -> Result:
-        model = {
-            "model": self.backend.fingerprint,
-            "template": self.template.digest,
-            "backend": self.backend.name,
-            "dtype": self.config.dtype,
-        }
-
         def timed() -> tuple[Any, Tensors]:
             begin, before = time.perf_counter(), set(self.seconds)
             data, tensors = compute()
             within = {name: s for name, s in self.seconds.items() if name not in before}  # of the steps inside this one
             return {**data, "seconds": time.perf_counter() - begin, "within": within}, tensors
 
-        whole = {**model, **key}
-        digest = key_digest(f"{folder}|{kind}", whole)
-        if digest not in self.read:  # studies ask for the same states again and again
-            self.read[digest] = stage(folder, kind, whole, timed, self.provenance)
-        result = self.read[digest]
+        whole = {"model": self.backend, "template": self.template, **key}
+        asked = digest([str(folder), kind, whole])
+        if asked not in self.read:  # studies ask for the same states again and again
+            self.read[asked] = stage(folder, kind, whole, timed, self.provenance)
+        result = self.read[asked]
         self.seconds |= {**result.data.get("within", {}), folder.name: result.data["seconds"]}
         return result
 
@@ -228,7 +223,7 @@ class Study(Generic[C]):
         return {k: v for k, v in asdict(self.config).items() if k not in INCIDENTAL}
 
     def provenance(self) -> Provenance:
-        return Provenance.collect(self.backend, config=self.settings, seeds=self.config.seed, template=self.template)
+        return Provenance.collect(self.backend, config=self.config, seeds=self.config.seed, template=self.template)
 
     def save(self, data: Mapping[str, Any], tensors: Tensors = None) -> Result:
         """The study's result, with the model, settings and notes that every study's result has."""
@@ -241,7 +236,7 @@ class Study(Generic[C]):
                 "fingerprint": self.backend.fingerprint,
             },
             "settings": self.settings,
-            "notes": list(self.backend.notes),
+            "notes": [*self.backend.notes, *self.template.notes],
             "seconds": dict(self.seconds),
         }
         return save_result(self.config.out, self.kind, {**data, **common}, tensors, provenance=self.provenance())

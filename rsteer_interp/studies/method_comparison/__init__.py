@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.table import Table
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.key import UNKEYED
 from rsteer_interp.methods import METHODS, Method
 from rsteer_interp.prompts import Prompt, Split, load_prompts
 from rsteer_interp.studies.material import material_of
@@ -133,14 +134,16 @@ def own_checks(study: Study, config: Config, reading: Reading, method: Method, s
 
 def _key(study: Study, config: Config, method: Method) -> dict[str, Any]:
     """All that a method's results depend on."""
-    settings = {k: v for k, v in asdict(config).items() if k not in _NOT_OF_A_METHOD}
-    key = {"method": method.name, "fields": repr(method), "strengths": method.strengths, "settings": settings}
-    sets = (config.remove, config.contrast, config.keep, *config.ordinary, *config.watch)
-    key["prompts"] = [p.prompt for s in ("fit", "select", "report") for name in sets for p in study.prompts(s, name)]  # type: ignore[arg-type]
-    return key
-
-
-_NOT_OF_A_METHOD = ("methods", "out", "scores", "batch_size", "device_map")
+    settings = {k: v for k, v in asdict(config).items() if k not in UNKEYED | {"methods"}}
+    sets, splits = (config.remove, config.contrast, config.keep, *config.ordinary, *config.watch), get_args(Split)
+    return {
+        "method": method,
+        "strengths": method.strengths,
+        "settings": settings,
+        "judge": study.judge,
+        "prompts": [study.prompts(split, name) for split in splits for name in sets],
+        "conversations": load_prompts("conversations"),
+    }
 
 
 def finding(data: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def confidence(study: Study, config: Config) -> Float[Tensor, " prompt"]:
         "samples": config.samples,
         "tokens": config.tokens,
         "seed": config.seed,
-        "judge": study.judge.name,
+        "judge": study.judge,
     }
     found = study.stage("1_confidence", key, compute).data["confidence"]
     return torch.tensor(found, dtype=torch.float64)

@@ -24,7 +24,6 @@ from rsteer_interp.prompts import Split
 from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.studies.selective_steering.condition import holds
 from rsteer_interp.studies.selective_steering.directions import PAPER, Directions
-from rsteer_interp.studies.selective_steering.search import digest
 from rsteer_interp.studies.study import Study
 
 if TYPE_CHECKING:
@@ -93,12 +92,7 @@ def frontier(
     key = {
         "prompts": texts,
         "tokens": tokens,
-        "layers": layers,
-        "points": [label for label, _ in edits],
-        "unit": [unit[s] for s in sites],
-        "vectors": {name: digest({s: v[s] for s in sites}) for name, v in families.items()},
-        "references": digest({s: references[s] for s in sites}),
-        "seed": config.seed,
+        "edits": [edit for _, edit in edits],
     }
     odds = study.stage("4_frontier", key, compute).tensors["log_odds"]
     n = len(chosen[config.remove])

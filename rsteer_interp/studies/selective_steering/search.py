@@ -86,7 +86,8 @@ def best_bands(
             base, *moved = log_odds_of_each(backend, rows, tokens, [None, *edits], advance).mean(1).tolist()
         return {"shift": [odds - base for odds in moved]}, None
 
-    key = {"prompts": list(texts), "tokens": tokens, "dose": dose, "bands": all_bands, "vectors": digest(directions)}
+    key = {"prompts": list(texts), "tokens": tokens, "dose": dose, "bands": all_bands}
+    key |= {"directions": directions, "unit": unit}
     shifts = study.stage(stage, key, compute).data["shift"]
     table = [{"layers": list(b), "shift": s, "n": len(texts)} for b, s in zip(all_bands, shifts, strict=True)]
     order = sorted(range(len(all_bands)), key=lambda i: -abs(shifts[i]) * (shifts[i] * dose > 0))
@@ -122,19 +123,15 @@ def search(
                 advance(before - len(rising))
         return {"trials": [asdict(t) for each in trials.values() for t in each]}, None
 
-    first = next(iter(candidates))
-    vectors = steering_of(Candidate(first[0], candidates[first][0], first[1]))
     key = {
-        "name": name,
-        "candidates": [[list(layers), decoding, list(doses)] for (layers, decoding), doses in candidates.items()],
+        "prompts": study.prompts("select", name),
+        "steerings": [
+            [steering_of(Candidate(layers, dose, decoding)) for dose in doses]
+            for (layers, decoding), doses in candidates.items()
+        ],
         "base": base_perplexity,
-        "vectors": vectors.directions.double().sum(0).tolist(),
-        "gate": None
-        if vectors.gate is None
-        else [str(vectors.gate.site), vectors.gate.threshold, vectors.gate.direction.tolist()],
         "tokens": config.tokens,
-        "judge": study.judge.name,
-        "n": config.select,
+        "judge": study.judge,
         "aim": config.aim,
     }
     trials = study.stage(stage, key, compute).data["trials"]
@@ -172,8 +169,3 @@ def steering_for(
         gate=gate,
         while_decoding=candidate.while_decoding,
     )
-
-
-def digest(directions: Directions) -> list[float]:
-    """A few numbers that change when the directions do, for a stage's key."""
-    return [float(v.double() @ v.double().cumsum(0)) for v in directions.values()]
