@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from rsteer_interp.backends.base import Backend
     from rsteer_interp.backends.edits import Site
-    from rsteer_interp.checkpoints import Checkpoint, LoadedModel
+    from rsteer_interp.checkpoints import Checkpoint
+    from rsteer_interp.loading import LoadedModel
 
 __all__ = ["BackendName", "LoadOptions", "configured_backend", "load_backend"]
 
@@ -73,7 +74,8 @@ def load_backend(
     model: whatever `checkpoints.resolve` takes. A loaded model is copied for TransformerLens, which changes its model.
     Raises UserError, naming the site that neither the chosen backend nor, with "auto", the other one has.
     """
-    from rsteer_interp.checkpoints import Checkpoint, load, resolve
+    from rsteer_interp.checkpoints import Checkpoint, resolve
+    from rsteer_interp.loading import load
 
     if backend not in ("auto", "transformerlens", "hooks"):
         raise UserError(f"no backend '{backend}'; choose auto, transformerlens or hooks")
