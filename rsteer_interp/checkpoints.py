@@ -67,10 +67,11 @@ def resolve(
     verify: read every byte of the files and compare with their recorded digests; without, a sample of a converted model.
     Raises CheckpointError where nothing (or nothing complete) is found.
     """
-    if not isinstance(reference, str | Path):
-        return _resolve_loaded(reference, tokenizer)
-    found = _resolve_name(str(reference), revision)
-    return replace(_verified(found) if verify else found, tokenizer=tokenizer)
+    if isinstance(reference, str | Path):
+        found = replace(_resolve_name(str(reference), revision), tokenizer=tokenizer)
+    else:
+        found = _resolve_loaded(reference, tokenizer)
+    return _verified(found) if verify else found
 
 
 def _resolve_name(name: str, revision: str | None) -> Checkpoint:
@@ -199,25 +200,32 @@ def _verified(found: Checkpoint) -> Checkpoint:
 
     A converted model has digests in its manifest; the hub's cache names a file after its digest.
     """
-    folder = found.folder
-    if folder is None:
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(found.hub_id or "", revision=found.revision, allow_patterns=_MODEL_FILES))
-        except Exception as error:  # no model in memory has a hub id, and a hub may answer anything
-            raise CheckpointError(
-                f"{found.name}: no files to verify ({type(error).__name__}); leave out verify"
-            ) from error
-    if read_manifest(folder, verify=True):
+    if found.folder is not None and read_manifest(found.folder, verify=True):
         return found
-    blobs = {file: file.resolve() for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_symlink()}
-    if found.hub_id is None or not blobs:
+    folder = _snapshot(found.hub_id, found.revision) if found.hub_id else None
+    blobs = {
+        file: file.resolve()
+        for kind in _MODEL_FILES
+        for file in (folder.glob(kind) if folder else ())
+        if file.is_symlink()
+    }
+    if not blobs:
         raise CheckpointError(f"{found.name}: nobody recorded digests of its files; leave out verify")
     for file, blob in blobs.items():
         if blob.name != _blob_name(blob):
             raise CheckpointError(f"{found.name}: {file.name} is not what the hub has; delete it and download it again")
     return replace(found, folder=folder)
+
+
+def _snapshot(hub_id: str, revision: str | None) -> Path:
+    """The hub model's files on this machine, downloaded where they are not."""
+    from huggingface_hub import snapshot_download
+
+    known = _cached_snapshot(hub_id, revision or "main")
+    try:
+        return known or Path(snapshot_download(hub_id, revision=revision, allow_patterns=_MODEL_FILES))
+    except Exception as error:  # a hub may answer anything
+        raise CheckpointError(f"{hub_id}: cannot be downloaded ({type(error).__name__}); check the network") from error
 
 
 def _blob_name(blob: Path) -> str:

@@ -23,6 +23,7 @@ from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
 from rsteer_interp.batch import Batch, Start
 from rsteer_interp.errors import UserError
+from rsteer_interp.turn_ends import turn_ends
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ class Backend(Batching):
             0  # prompts that went through the model so far: what a method's fitting costs, on any machine
         )
         self.notes: list[str] = []  # what this backend could not do and did another way; goes into the run's record
-        self.stop_ids = _stop_ids(model, tokenizer)
+        self.stop_ids = turn_ends(model, tokenizer)
         if prefers_onednn() and use_onednn(model):
             self.notes.append("fp32 linear layers run by oneDNN, which is faster than MKL on this processor")
         self.checkpoint: Any = None  # the Checkpoint it was loaded from, when `load_backend` made it
@@ -159,7 +160,7 @@ class Backend(Batching):
         sampling: Sampling | None = None,
         read: Callable[[Float[Tensor, "row vocab"]], Tensor] | None = None,
     ) -> Replies:
-        """Greedy replies, or `sampling.n` sampled ones per prompt from one prompt pass. Stops at the model's end tokens.
+        """Greedy replies, or `sampling.n` sampled ones per prompt from one prompt pass. Stops at every end of a turn (`turn_ends`).
 
         Rows that have ended leave the batch. `read` is applied to the first token's logits, which are there anyway.
         """
@@ -291,11 +292,12 @@ class Backend(Batching):
         return logits[order.to(logits.device)], cache, mask
 
     def decode(self, replies: Replies) -> list[str]:
-        """Text of each reply, without special tokens."""
-        return [
-            self.tokenizer.decode(row[:length].tolist(), skip_special_tokens=True)
-            for row, length in zip(replies.ids, replies.lengths.tolist(), strict=True)
-        ]
+        """Text of each reply, without its end and without special tokens."""
+        texts = []
+        for row, length in zip(replies.ids.tolist(), replies.lengths.tolist(), strict=True):
+            ended = length > 0 and row[length - 1] in self.stop_ids  # a tokenizer may not call its end of turn special
+            texts.append(self.tokenizer.decode(row[: length - ended], skip_special_tokens=True))
+        return texts
 
 
 def _usable_start(batch: Batch, edit: Edit | None, shared: int) -> Start | None:
@@ -340,11 +342,3 @@ def adds_up(before: Tensor, a: Tensor, b: Tensor, after: Tensor) -> bool:
     size = before.abs() + a.abs() + b.abs()
     off = (before.double() + a.double() + b.double() - after.double()).abs()
     return bool((off <= 8 * torch.finfo(after.dtype).eps * size).all())
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found |= {value} if isinstance(value, int) else set(value or ())
-    return frozenset(found)
