@@ -14,7 +14,7 @@ _REPLY = "rsteer0reply"
 
 def turn_ends(model: Any, tokenizer: Any) -> frozenset[int]:
     """Ids named in the generation config, the config and the tokenizer, and what the template puts after a reply."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
     found = {template_end(tokenizer)}
     for source in (getattr(model, "generation_config", None), config, text_config, tokenizer):
@@ -33,5 +33,6 @@ def template_end(tokenizer: Any) -> int | None:
         return None
     _, found, after = text.rpartition(_REPLY)
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found and after.strip() else []
-    # Ordinary text after a reply ("### User:") begins with a token that replies may hold.
-    return ids[0] if ids and ids[0] in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids} else None
+    # Ordinary text after a reply ("### User:") begins with a token that replies may hold, or an unknown one.
+    control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    return ids[0] if ids and ids[0] in control else None
