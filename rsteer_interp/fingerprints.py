@@ -24,7 +24,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     in a way that cannot be indexed) only name and shape are covered. Equal in every process and on every device.
     """
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(json.dumps(_material(model.config.to_diff_dict()), sort_keys=True, default=str).encode())
+    # Configs may hold an infinity: a limit that is none.
+    material = json.dumps(_material(model.config.to_diff_dict()), sort_keys=True, default=str, allow_nan=True)
+    digest.update(material.encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         digest.update(_sample(parameter))

@@ -147,7 +147,7 @@ def _repair_tokenizer(folder: Path, pre_tokenizer: str | None) -> None:
     vocabulary = saved["model"]["vocab"]
     if isinstance(vocabulary, dict):  # a list of pieces with scores in unigram models, which is left alone
         saved["model"]["vocab"] = {token: n for token, n in vocabulary.items() if not _PLACEHOLDER.fullmatch(token)}
-    path.write_text(json.dumps(saved, ensure_ascii=False, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(saved, ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def _first_line(error: BaseException) -> str:

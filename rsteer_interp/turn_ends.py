@@ -34,5 +34,6 @@ def template_end(tokenizer: Any) -> int | None:
     _, found, after = text.rpartition(_REPLY)
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found and after.strip() else []
     # Ordinary text after a reply ("### User:") begins with a token that replies may hold, or an unknown one.
+    first = next((token for token in ids if tokenizer.decode([token]).strip()), None)
     control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    return ids[0] if ids and ids[0] in control else None
+    return first if first in control else None

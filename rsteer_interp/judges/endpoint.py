@@ -140,7 +140,7 @@ class EndpointJudge:
 
     def _key(self, prompt: str, response: str, vote: int) -> str:
         asked = [self.model, question(prompt, response), TEMPERATURE, TOP_P, self.max_tokens, vote]
-        return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps(asked, allow_nan=False).encode(), digest_size=16).hexdigest()
 
     def _read_cache(self) -> dict[str, str]:
         return dict(_cached(self.cache)) if self.cache is not None and self.cache.exists() else {}
@@ -149,12 +149,12 @@ class EndpointJudge:
         if self.cache is not None:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with self.cache.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "text": text}) + "\n")
+                file.write(json.dumps({"key": key, "text": text}, allow_nan=False) + "\n")
 
 
 def question(prompt: str, response: str) -> list[dict[str, str]]:
     """The messages that put one reply before the judge: rubric first, then the pair as data."""
-    pair = json.dumps({"prompt": prompt, "reply": response}, ensure_ascii=False)
+    pair = json.dumps({"prompt": prompt, "reply": response}, ensure_ascii=False, allow_nan=False)
     data = pair.replace("<", "\\u003c").replace(">", "\\u003e")  # still the same JSON, and free of tags
     return [
         {"role": "system", "content": rubric()},
