@@ -100,7 +100,7 @@ SMOLLM2 = DemoModel(
     fp32_bytes=538_090_408,
     special_tokens={},
     eos_token_ids=(2,),
-    content_sha256="TODO",
+    content_sha256="489bea47103ab9915f3731e45fa09de2c5b54e07c26e4cd8d6bb17b586959055",
 )
 
 DEMO_MODELS: tuple[DemoModel, ...] = (QWEN, SMOLLM2)

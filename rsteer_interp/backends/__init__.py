@@ -37,6 +37,8 @@ class LoadOptions(Protocol):
     @property
     def trust_remote_code(self) -> bool: ...
     @property
+    def verify(self) -> bool: ...
+    @property
     def batch_size(self) -> int: ...
 
 
@@ -49,6 +51,7 @@ def configured_backend(options: LoadOptions, model: str, backend: BackendName) -
         dtype=options.dtype,
         device_map=options.device_map,
         trust_remote_code=options.trust_remote_code,
+        verify=options.verify,
         batch_size=options.batch_size,
     )
 
@@ -63,6 +66,7 @@ def load_backend(
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    verify: bool = False,
     sites: Iterable[Site | str] | None = None,
     batch_size: int = 64,
 ) -> Backend:
@@ -71,7 +75,7 @@ def load_backend(
     backend "auto", in this order: hooks with a `device_map` or quantised weights; TransformerLens when `sites` names
     something that only it has, or when the model has fewer than 300M parameters; hooks otherwise. When TransformerLens was
     taken for size alone and cannot hold the model, hooks take its place and `notes` says so. A name given here wins.
-    model: whatever `checkpoints.resolve` takes. A loaded model is copied for TransformerLens, which changes its model.
+    model, verify: what `checkpoints.resolve` takes. A loaded model is copied for TransformerLens, which changes its model.
     Raises UserError, naming the site that neither the chosen backend nor, with "auto", the other one has.
     """
     from rsteer_interp.checkpoints import Checkpoint, resolve
@@ -81,7 +85,11 @@ def load_backend(
         raise UserError(f"no backend '{backend}'; choose auto, transformerlens or hooks")
     if backend == "transformerlens" and device_map is not None:
         raise UserError("device_map needs the hooks backend; leave out one of the two")
-    checkpoint = model if isinstance(model, Checkpoint) else resolve(model, revision=revision, tokenizer=tokenizer)
+    checkpoint = (
+        model
+        if isinstance(model, Checkpoint)
+        else resolve(model, revision=revision, tokenizer=tokenizer, verify=verify)
+    )
     wanted, hook_names = _split(sites or ())
 
     def loaded() -> LoadedModel:

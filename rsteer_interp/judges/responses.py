@@ -112,7 +112,12 @@ def _judge(config: Config, asked: Path) -> Judge:
     from rsteer_interp.backends import load_backend
 
     backend = load_backend(
-        model, config.backend, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        model,
+        config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        verify=config.verify,
     )
     return load_judge(config.judge, backend)
 

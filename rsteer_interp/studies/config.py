@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-INCIDENTAL = frozenset({"out", "scores", "batch_size", "device_map"})  # settings that change no result
+INCIDENTAL = frozenset({"out", "scores", "batch_size", "device_map", "verify"})  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class StudyConfig:
     """transformers' device map, for models spread over several devices (hooks backend)."""
     trust_remote_code: bool = False
     """Run code that comes with the model's repository; read it first."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
     batch_size: int = 96
     """Most rows at once; halved when memory runs out."""
     seed: int = 0
