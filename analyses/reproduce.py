@@ -45,6 +45,8 @@ class Config:
     """Removal target: mean fall of c(x) (from -1 to 1) over refusing prompts that the finder must reach."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
 
 
 def run(config: Config) -> Path:

@@ -72,6 +72,8 @@ class Config:
     """Apply the configuration although the model's weights are not the ones it was made for."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
     seed: int = 0
     """Seed of prompt samples, random directions, permutations and bootstraps."""
 

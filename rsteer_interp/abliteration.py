@@ -65,7 +65,7 @@ def abliterate(config: Config) -> Path:
         raise UserError(f"{config.random} random directions make no null; give two or more with --random")
     options: dict[str, Any] = {"device": config.device, "batch_size": config.batch_size}
     options["trust_remote_code"] = config.trust_remote_code
-    backend = load_backend(config.model, "hooks", dtype=config.dtype, **options)
+    backend = load_backend(config.model, "hooks", dtype=config.dtype, verify=config.verify, **options)
     # Before anything that takes long: weights that cannot be edited are said to be so at once.
     writers = () if config.sweep_only else chosen(find_writers(backend.model), config.writers)
     token_ids = opening_token_ids(backend.tokenizer, config.refusal_words)

@@ -46,7 +46,19 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "rsteer_interp")
 """Packages whose version is part of every key."""
 
 UNKEYED = frozenset(
-    {"out", "scores", "model", "backend", "device", "dtype", "device_map", "batch_size", "trust_remote_code", "judge"}
+    {
+        "out",
+        "scores",
+        "model",
+        "backend",
+        "device",
+        "dtype",
+        "device_map",
+        "batch_size",
+        "trust_remote_code",
+        "verify",
+        "judge",
+    }
 )
 """Options of a command that no key holds as they are written: places, and what a key holds as an object (model, judge)."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from rsteer_interp.complete_folder import held, publish
 from rsteer_interp.errors import UserError
 from rsteer_interp.key import digest, parts, versions
 from rsteer_interp.processes import from_first, is_first
-from rsteer_interp.provenance import Provenance, plain
+from rsteer_interp.provenance import Provenance, json_text, plain
 
 __all__ = ["Provenance", "Result", "load_result", "plain", "save_result", "stage"]
 
@@ -76,7 +77,7 @@ def save_result(
 
 
 def load_result(folder: Path | str, *, kind: str | None = None, fingerprint: str | None = None) -> Result:
-    """The complete result in `folder`, checked: of this kind, of the model with this fingerprint, undamaged, no NaN."""
+    """The complete result in `folder`, checked: of this kind, of the model with this fingerprint, undamaged, all numbers finite."""
     folder = Path(folder)
     with held(folder, _FILES, write=False) as place:
         if not (place / _JSON).is_file():
@@ -201,7 +202,7 @@ def _storable(name: str, tensor: Tensor) -> Tensor:
 def _read(folder: Path, place: Path) -> Result:
     try:
         raw = (place / _JSON).read_bytes()
-        content = json.loads(raw, parse_constant=_refuse_constant)
+        content = json.loads(raw, parse_constant=_refuse_constant, parse_float=_finite)
         packed = (place / _TENSORS).read_bytes() if content["tensors_digest"] is not None else None
         if packed is not None and _digest(packed) != content["tensors_digest"]:
             raise ValueError(f"{_TENSORS} is not the file that belongs to {_JSON}")
@@ -220,17 +221,23 @@ def _read(folder: Path, place: Path) -> Result:
         reason = f"{_PROVENANCE} is not valid" if isinstance(error, ValidationError) else str(error).splitlines()[0]
         raise UserError(f"'{folder}' cannot be read ({reason}); {_AGAIN}") from None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise UserError(f"'{folder}': tensor '{name}' holds NaN; {_AGAIN}")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"'{folder}': tensor '{name}' holds values that are not finite; {_AGAIN}")
     return Result(folder, kind, data, tensors, provenance, _digest(raw), key, key_parts)
 
 
 def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return (json_text(value, sort_keys=True) + "\n").encode()
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{_JSON} holds {name}")
+
+
+def _finite(text: str) -> float:
+    """The number that the text writes; 1e999 is none."""
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text)
 
 
 def _digest(content: bytes) -> str:

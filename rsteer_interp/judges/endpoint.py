@@ -161,12 +161,12 @@ class EndpointJudge:
         if self.cache is not None:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with self.cache.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "text": text}) + "\n")
+                file.write(json.dumps({"key": key, "text": text}, allow_nan=False) + "\n")
 
 
 def question(prompt: str, response: str) -> list[dict[str, str]]:
     """The messages that put one reply before the judge: rubric first, then the pair as data."""
-    pair = json.dumps({"prompt": prompt, "reply": response}, ensure_ascii=False)
+    pair = json.dumps({"prompt": prompt, "reply": response}, ensure_ascii=False, allow_nan=False)
     data = pair.replace("<", "\\u003c").replace(">", "\\u003e")  # still the same JSON, and free of tags
     return [
         {"role": "system", "content": rubric()},

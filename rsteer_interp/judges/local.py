@@ -115,7 +115,9 @@ class LocalJudge:
 
         for group, values in self.backend.spread(rows, run, _ROWS):
             for i, value in zip(group, values, strict=True):
-                out[i] = value if math.isfinite(value) else 0.0
+                if not math.isfinite(value):
+                    raise UserError("the judge's model rules out both verdicts, or one; choose another model as judge")
+                out[i] = value
             self.on_batch(len(group))
         return out
 

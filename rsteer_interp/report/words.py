@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from rsteer_interp.provenance import Provenance
+from rsteer_interp.provenance import Provenance, json_text
 from rsteer_interp.report.collection import Collection, FoundStudy
 from rsteer_interp.report.schema import HARMFUL, POLITICAL, Rate, Reproduction
 
@@ -63,7 +62,7 @@ def _record(
 ) -> list[tuple[str, str]]:
     times = {name: f"{value:.1f} s" for name, value in seconds.items()}
     machine = [provenance.device, provenance.dtype, provenance.attention]
-    config = json.dumps(provenance.config, ensure_ascii=False, sort_keys=True) if provenance.config else ""
+    config = json_text(provenance.config, "config", indent=None, sort_keys=True) if provenance.config else ""
     rows = [
         ("n", _pairs(counts)),
         ("model", provenance.model_name or model.get("model", "")),

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-INCIDENTAL = frozenset(
-    {"out", "scores", "batch_size", "device_map"}
-)  # where things lie and how they run: no part of a question
+INCIDENTAL = frozenset({"out", "scores", "batch_size", "device_map", "verify"})
+"""Where things lie and how they run: no part of a question."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class StudyConfig:
     """transformers' device map, for models spread over several devices (hooks backend)."""
     trust_remote_code: bool = False
     """Run code that comes with the model's repository; read it first."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
     batch_size: int = 96
     """Most rows at once; halved when memory runs out. Below float32 results move with it: steps kept at another are run again."""
     seed: int = 0
