@@ -1,15 +1,18 @@
 """How many dimensions carry refusal? What varies with refusal beside what has to be removed for it to go.
 
 1 scores      one judged greedy reply per prompt of the fit, select and report splits, whose subjects are disjoint
-2 subspaces   nested bases from fit: paired differences, differences inside subjects, weighted ridge; and controls that
-              should not carry refusal: topics of answered prompts, random vectors with their covariance
+2 subspaces   nested bases from fit at every block input: paired differences, differences inside subjects, weighted ridge;
+              and controls that should not carry refusal: topics of answered prompts, random vectors with their covariance
 3 variance    report split at the layer where refusal is read best on select: spectra with the Marchenko-Pastur edge,
               participation ratios, differences against shuffled labels; agreement of subspaces from halves of fit
-4 ablation    log-odds of refusal removed by ablating K = 1, 2, 4, ... dimensions at all block inputs, and at the
-              read-out layer alone, beside the same dose into random subspaces
-5 addition    the best push inside K dimensions at one layer, of one size; push and layer from select
-6 answer      the smallest K that removes 90 % of the removable refusal beyond random, with its band over prompts; removable
-              is what the best K removes, or the gap between refused and answered prompts where that is smaller
+4 ablation    log-odds of refusal removed by ablating K = 1, 2, 4, ... dimensions at all block inputs: each input's own rows,
+              one layer's rows at all of them (the layer from select), and one global basis (the leading directions of all inputs);
+              beside the same edits under random rotations, one for all sites. At the read-out layer alone, too
+5 union       how many dimensions the inputs' own rows have together, beside random rows
+6 addition    the best push inside K dimensions at one layer, of one size; push and layer from select
+7 judged      replies under the ablations at both ends of the sweep, judged, beside the log-odds of the same prompts
+8 answer      the smallest K that removes 90 % of the removable refusal beyond random, with its band over subjects; removable
+              is what the best K of any subspace removes, or the gap between refused and answered prompts where that is smaller
 """
 
 from __future__ import annotations
@@ -31,8 +34,12 @@ class Config(StudyConfig):
     """Refusing report prompts, at most, on which removal is measured; as many of select for the gradient."""
     answered: int = 8
     """Answered report prompts, at most, on which side effects (KL of the first token) are measured."""
-    random: int = 3
-    """Random subspaces per basis and K; at least 2."""
+    judged: int = 16
+    """Refused report prompts, at most, and as many answered ones, whose replies under the ablations are judged."""
+    random: int = 6
+    """Random rotations of every ablation, and random subspaces of the push; at least 2."""
+    controls: int = 3
+    """Draws of random subspaces with the covariance of answered prompts."""
     dose: float = 0.1
     """Added |edit| / |resid|."""
     share: float = 0.9
@@ -41,6 +48,8 @@ class Config(StudyConfig):
     """Label shuffles of the parallel analysis."""
     splits: int = 20
     """Split halves of the fit split."""
+    resamples: int = 100
+    """Resamples of subjects for the bands of the union's rank."""
 
 
 def run(config: Config) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -16,57 +16,98 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.progress import progress
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.dimension_inputs import Inputs
-from rsteer_interp.studies.dimension_runs import Bases, ablation_sweep, control_sweep, push_sweep, reach
-from rsteer_interp.studies.dimension_sweep import sweep_curve, to_match
+from rsteer_interp.studies.dimension_results import (
+    Ablation,
+    AblationCurve,
+    Basis,
+    Control,
+    Curve,
+    Push,
+    PushCurve,
+    UnionRank,
+)
+from rsteer_interp.studies.dimension_runs import Bench, ablation_sweep, control_sweep, push_sweep, reach
+from rsteer_interp.studies.dimension_sweep import Swept, sweep_curves, to_match
 from rsteer_interp.studies.log_odds_gradient import log_odds_gradients
+from rsteer_interp.studies.subspace_union import union_ranks
+from rsteer_interp.studies.subspaces import Contrast, resampled
+from rsteer_interp.studies.turned_ablation import Bases
 
-Outcome = Float[Tensor, "k draw measure prompt"]
+Sweep = tuple[list[int], dict[str, Tensor]]
+CONTRASTS: tuple[Contrast, ...] = ("pairs", "subjects")
 
 
-def ablation(inputs: Inputs, where: str, sites: list[Site]) -> dict[str, Any]:
-    """Sweeps of every family and control over these sites, and what they say."""
+def union(inputs: Inputs) -> dict[str, tuple[UnionRank, ...]]:
+    """Rank of the union of the sites' own subspaces, per family; bands where a family is a mean over subjects."""
+    found, config = {}, inputs.config
+    for name, bases in inputs.families.items():
+        ks = reach(bases, inputs.ks)
+        states = {s: inputs.states[s] for s in inputs.sites}
+        again = [
+            resampled(states, inputs.groups, each, max(ks), config.resamples, config.seed)
+            for each in CONTRASTS
+            if each == name
+        ]
+        found[name] = union_ranks(bases, ks, again[0] if again else (), config.seed)
+    return found
+
+
+def ablation(inputs: Inputs, where: str, sites: list[Site], shared: Mapping[Basis, Bases]) -> Ablation:
+    """Sweeps of every family, of the `shared` bases and of every control over these sites, and what they say."""
     bench = cache(lambda: inputs.bench(sites[0].layer))
-    swept: dict[str, tuple[list[int], dict[str, Tensor]]] = {}
-    every = {name: [bases] for name, bases in inputs.families.items()} | inputs.controls
-    with progress(f"ablating, {where}", len(every)) as advance:
-        for name, draws in every.items():
+    learned: dict[str, Bases] = {**inputs.families} | dict(shared.items())
+    raw: dict[str, Sweep] = {}
+    with progress(f"ablating, {where}", len(learned) + len(inputs.controls)) as advance:
+        for name, bases in learned.items():
+            raw[name] = ablated(inputs, where, name, {s: bases[s] for s in sites}, bench)
+            advance(1)
+        for name, draws in inputs.controls.items():
             here: list[Bases] = [{s: bases[s] for s in sites} for bases in draws]
             ks = min((reach(bases, inputs.ks) for bases in here), key=len)
 
-            def sweep(name: str = name, here: list[Bases] = here, ks: list[int] = ks) -> dict[str, Tensor]:
-                if name in inputs.controls:
-                    return control_sweep(bench(), here, ks)
-                return ablation_sweep(
-                    bench(), here[0], ks, [dict.fromkeys(sites, u) for u in inputs.isotropic_of(name)]
-                )
+            def sweep(here: list[Bases] = here, ks: list[int] = ks) -> dict[str, Tensor]:
+                return control_sweep(bench(), here, ks)
 
-            swept[name] = ks, _stage(inputs, f"3_{where}_{name}", sweep, here, ks, inputs.isotropic)
+            raw[name] = ks, _stage(inputs, f"3_{where}_{name}", sweep, here, ks)
             advance(1)
-    removed = {name: _removed(inputs, raw["outcome"]) for name, (_, raw) in swept.items()}
-    own = {name: dict(zip(swept[name][0], removed[name][:, 1:], strict=True)) for name in inputs.families}
-    found: dict[str, Any] = {"families": {}, "controls": {}}
-    for name, (ks, raw) in swept.items():
-        outcome, dose = raw["outcome"], raw["dose"]
-        if name in inputs.families:
-            # Families have nearly the same dose at the same K, so the random subspaces of each serve all.
-            nulls = [torch.cat([draws[k] for draws in own.values() if k in draws]) for k in ks]
-            found["families"][name] = _family(inputs, ks, removed[name][:, 0], nulls) | {
-                "dose": dose[:, 0].tolist(),
-                "own_null_mean": removed[name][:, 1:].mean((1, 2)).tolist(),
-                "null_dose": dose[:, 1:].mean(1).tolist(),
-                "kl": _kl(inputs, outcome[:, :1]),
-                "null_kl": _kl(inputs, outcome[:, 1:]),
-            }
-        else:
-            measured = {"dose": dose.mean(1).tolist(), "kl": _kl(inputs, outcome)}
-            found["controls"][name] = _control(ks, removed[name]) | measured
-    _match(found)
-    refused, answered = inputs.base
-    base = {"base_log_odds": _estimate(refused), "answered_log_odds": _estimate(answered)}
-    return {"layers": [s.layer for s in sites], **base, "gap": float(refused.mean() - answered.mean()), **found}
+    swept = {name: _swept(inputs, *raw[name]) for name in learned}
+    curves, removable = sweep_curves(swept, inputs.base, inputs.config.share, inputs.config.seed)
+    curve = {
+        name: AblationCurve(
+            **_fields(curves[name]),
+            dose=tuple(found["dose"][:, 0].mean(1).tolist()),
+            kl=_kl(inputs, found["outcome"][:, :1]),
+            null_kl=_kl(inputs, found["outcome"][:, 1:]),
+        )
+        for name, (_, found) in raw.items()
+        if name in learned
+    }
+    target = curves[inputs.lead].removed[0].value
+    base = inputs.base
+    return Ablation(
+        layers=tuple(s.layer for s in sites),
+        n_subjects=len(set(base.refused_subjects)),
+        base_log_odds=_estimate(base.refused, base.refused_subjects),
+        answered_log_odds=_estimate(base.answered, base.answered_subjects),
+        gap=base.gap,
+        removable=removable,
+        families={name: curve[name] for name in inputs.families},
+        shared={name: curve[name] for name in shared},
+        controls={name: _control(inputs, *raw[name], target, measured=True) for name in inputs.controls},
+    )
 
 
-def addition(inputs: Inputs) -> dict[str, Any]:
+def ablated(inputs: Inputs, where: str, name: str, bases: Bases, bench: Callable[[], Bench]) -> Sweep:
+    """The K that the bases reach, and their sweep with its null (see `ablation_sweep`); the bench is made if it is not there yet."""
+    ks = reach(bases, inputs.ks)
+
+    def sweep() -> dict[str, Tensor]:
+        return ablation_sweep(bench(), bases, ks, inputs.turned(name, bases))
+
+    return ks, _stage(inputs, f"3_{where}_{name}", sweep, bases, ks)
+
+
+def addition(inputs: Inputs) -> Push:
     """The best push inside K dimensions at one layer: where, on select, pushing the mean difference back does most to first order."""
     backend, config = inputs.study.backend, inputs.config
     rows = inputs.study.template.encode_all(inputs.pushed)
@@ -85,8 +126,8 @@ def addition(inputs: Inputs) -> dict[str, Any]:
     bench = cache(lambda: inputs.bench(site.layer))
     every = {name: [bases[site]] for name, bases in inputs.families.items()}
     every |= {name: [bases[site] for bases in draws] for name, draws in inputs.controls.items()}
-    every |= {"isotropic": inputs.isotropic, "gradient": [whole]}
-    removed: dict[str, tuple[list[int], Tensor]] = {}
+    every |= {"random": inputs.frames, "gradient": [whole]}
+    raw: dict[str, Sweep] = {}
     with progress("adding the best push", len(every)) as advance:
         for name, draws in every.items():
             ks = min((reach({site: basis}, inputs.ks) for basis in draws), key=len)
@@ -94,58 +135,70 @@ def addition(inputs: Inputs) -> dict[str, Any]:
             def sweep(draws: list[Tensor] = draws, ks: list[int] = ks) -> dict[str, Tensor]:
                 return push_sweep(bench(), site, gradient, draws, ks, amount)
 
-            raw = _stage(inputs, f"4_push_{name}", sweep, site, gradient, draws, ks, amount)
-            removed[name] = ks, _removed(inputs, raw["outcome"])
+            raw[name] = ks, _stage(inputs, f"4_push_{name}", sweep, site, gradient, draws, ks, amount)
             advance(1)
-    null = dict(zip(*removed["isotropic"], strict=True))
-    found: dict[str, Any] = {"families": {}, "controls": {}}
+    null = dict(zip(raw["random"][0], _removed(inputs, raw["random"][1]["outcome"]), strict=True))
+    swept = {}
     for name in inputs.families:
-        ks, values = removed[name]
-        share = [float((every[name][0][:k] @ whole[0]).norm()) for k in ks]
-        found["families"][name] = _family(inputs, ks, values[:, 0], [null[k] for k in ks]) | {"gradient_share": share}
-    for name in inputs.controls:
-        found["controls"][name] = _control(*removed[name])
-    _match(found)
-    found["whole_gradient"] = _estimate(removed["gradient"][1][0, 0])
-    return {"layer": site.layer, "dose": config.dose, "n_select": len(rows), **found}
+        ks, found = raw[name]
+        swept[name] = Swept(ks, _removed(inputs, found["outcome"])[:, 0], torch.stack([null[k] for k in ks]))
+    curves, removable = sweep_curves(swept, inputs.base, config.share, config.seed)
+    share = {name: [float((every[name][0][:k] @ whole[0]).norm()) for k in curve.ks] for name, curve in curves.items()}
+    target = curves[inputs.lead].removed[0].value
+    return Push(
+        layer=site.layer,
+        dose=config.dose,
+        n_select=len(rows),
+        removable=removable,
+        families={
+            name: PushCurve(**_fields(curve), gradient_share=tuple(share[name])) for name, curve in curves.items()
+        },
+        controls={name: _control(inputs, *raw[name], target, measured=False) for name in inputs.controls},
+        whole_gradient=_estimate(_removed(inputs, raw["gradient"][1]["outcome"])[0, 0], inputs.refused.subjects),
+    )
 
 
 def _stage(inputs: Inputs, name: str, sweep: Callable[[], dict[str, Tensor]], *more: Any) -> dict[str, Tensor]:
-    return dict(inputs.study.stage(name, inputs.key(*more), lambda: ({}, sweep())).tensors)
+    key = inputs.key(*more) | {"null": "one rotation"}
+    return dict(inputs.study.stage(name, key, lambda: ({}, sweep())).tensors)
 
 
-def _removed(inputs: Inputs, outcome: Outcome) -> Float[Tensor, "k draw prompt"]:
+def _swept(inputs: Inputs, ks: list[int], found: Mapping[str, Tensor]) -> Swept:
+    removed = _removed(inputs, found["outcome"])
+    return Swept(ks, removed[:, 0], removed[:, 1:])
+
+
+def _removed(inputs: Inputs, outcome: Float[Tensor, "k draw measure prompt"]) -> Float[Tensor, "k draw prompt"]:
     """Log-odds of refusal removed on the refused prompts, nats."""
-    refused = inputs.base[0]
+    refused = inputs.base.refused
     return refused - outcome[:, :, 0, : len(refused)]
 
 
-def _kl(inputs: Inputs, outcome: Outcome) -> list[dict[str, Any]]:
+def _kl(inputs: Inputs, outcome: Float[Tensor, "k draw measure prompt"]) -> tuple[Estimate, ...]:
     """KL of the first token on the answered prompts per K, mean over draws."""
-    return [_estimate(row) for row in outcome[:, :, 1, len(inputs.refused) :].mean(1)]
+    rows = outcome[:, :, 1, len(inputs.refused.texts) :].mean(1)
+    return tuple(_estimate(row, inputs.answered.subjects) for row in rows)
 
 
-def _family(inputs: Inputs, ks: list[int], removed: Float[Tensor, "k prompt"], nulls: list[Tensor]) -> dict[str, Any]:
-    return sweep_curve(removed.T, nulls, inputs.base, ks, inputs.config.share, inputs.config.seed)
-
-
-def _control(ks: list[int], removed: Float[Tensor, "k draw prompt"]) -> dict[str, Any]:
+def _control(inputs: Inputs, ks: list[int], found: Mapping[str, Tensor], target: float, measured: bool) -> Control:
+    """`target`: what one dimension of the leading family removes; `measured`: with dose and KL."""
+    removed = _removed(inputs, found["outcome"])
     means = removed.mean(2)
-    return {
-        "ks": ks,
-        "n_draws": removed.shape[1],
-        "removed": [_estimate(row) for row in removed.mean(1)],
-        "least": means.min(1).values.tolist(),
-        "most": means.max(1).values.tolist(),
-    }
+    return Control(
+        ks=tuple(ks),
+        n_draws=removed.shape[1],
+        removed=tuple(_estimate(row, inputs.refused.subjects) for row in removed.mean(1)),
+        least=tuple(means.min(1).values.tolist()),
+        most=tuple(means.max(1).values.tolist()),
+        to_match_one=to_match(target, means.mean(1).tolist(), ks),
+        dose=tuple(found["dose"].mean((1, 2)).tolist()) if measured else None,
+        kl=_kl(inputs, found["outcome"]) if measured else None,
+    )
 
 
-def _match(found: dict[str, Any]) -> None:
-    """For each control, the smallest K that removes as much as one dimension of the first family."""
-    target = next(iter(found["families"].values()))["removed"][0]["value"]
-    for control in found["controls"].values():
-        control["to_match_one"] = to_match(target, [e["value"] for e in control["removed"]], control["ks"])
+def _fields(curve: Curve) -> dict[str, Any]:
+    return {field.name: getattr(curve, field.name) for field in fields(curve)}
 
 
-def _estimate(values: Tensor) -> dict[str, Any]:
-    return asdict(Estimate.of(values.tolist()))
+def _estimate(values: Tensor, subjects: Sequence[Hashable]) -> Estimate:
+    return Estimate.of(values.tolist(), clusters=subjects)

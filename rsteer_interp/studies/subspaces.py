@@ -6,8 +6,9 @@ whose vectors agree needs one dimension, and more rows can only add what the mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from rsteer_interp.directions.ridge import ridge_path
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.spectrum import principal_angles
+from rsteer_interp.statistics.resampling import bootstrap_counts
 
 FAMILIES = ("pairs", "subjects", "ridge")
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ridge strengths, in mean eigenvalues of the answered prompts' covariance
+Contrast = Literal["pairs", "subjects"]
+K = TypeVar("K", bound=Hashable)
 _RANK = 1e-6  # singular values under this share of all are rounding
 
 
@@ -46,13 +50,37 @@ class Groups:
 def families(states: Float[Tensor, "n d"], groups: Groups, k: int) -> dict[str, Float[Tensor, "r d"]]:
     """Bases of at most k rows: of refused sensitive minus answered matched prompts of the paired subject ("pairs"), of refused
     minus answered prompts inside each subject, where no topic differs ("subjects"), of weighted-ridge directions ("ridge")."""
-    inside = contrasts(states, groups.role, groups.subject, each=False)
     fits = ridge_fits(Evidence(states, groups.role.double()), groups.pair)
     return {
-        "pairs": mean_first(contrasts(states, groups.paired_role, groups.pair, each=True), k),
-        "subjects": mean_first(inside / inside.norm(dim=1, keepdim=True), k),
+        "pairs": mean_first(vectors(states, groups, "pairs"), k),
+        "subjects": mean_first(vectors(states, groups, "subjects"), k),
         "ridge": mean_first(fits, k),
     }
+
+
+def vectors(states: Float[Tensor, "n d"], groups: Groups, name: Contrast) -> Float[Tensor, "m d"]:
+    """The differences of which a family's basis is made: as they are ("pairs"), or of unit length ("subjects")."""
+    found = contrasts(states, *_labels(groups, name))
+    if name == "pairs":
+        return found
+    unit: Tensor = found / found.norm(dim=1, keepdim=True)
+    return unit
+
+
+def resampled(
+    states: Mapping[K, Float[Tensor, "n d"]], groups: Groups, name: Contrast, k: int, n_draws: int, seed: int
+) -> list[dict[K, Float[Tensor, "r d"]]]:
+    """A family's bases at every site, with pairs of subjects drawn anew: the same pairs at all sites of a draw."""
+    role, group, each = _labels(groups, name)
+    pairs = [groups.pair[refused] for refused, _ in _with_both(role, group)]
+    clusters = torch.cat([pair if each else pair[:1] for pair in pairs]).numpy()
+    counts = torch.from_numpy(bootstrap_counts(len(clusters), n_draws, seed, clusters=clusters))
+    rows = {site: vectors(x, groups, name) for site, x in states.items()}
+    return [{site: mean_first(x.repeat_interleave(n, 0), k) for site, x in rows.items()} for n in counts]
+
+
+def _labels(groups: Groups, name: Contrast) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], bool]:
+    return (groups.paired_role, groups.pair, True) if name == "pairs" else (groups.role, groups.subject, False)
 
 
 def contrasts(
@@ -60,13 +88,20 @@ def contrasts(
 ) -> Float[Tensor, "m d"]:
     """Refused (role +1) minus the mean of answered (role -1) prompts of the same group, in float64: one row per refused
     prompt (`each`), or per group. Groups that lack either are left out; role 0 is passed over."""
-    x, rows = states.double(), []
-    for name in distinct(group):
-        refused, answered = (x[(group == name) & (role == sign)] for sign in (1, -1))
-        if len(refused) and len(answered):
-            gap = refused - answered.mean(0)
-            rows.append(gap if each else gap.mean(0, keepdim=True))
+    x = states.double()
+    gaps = [x[refused] - x[answered].mean(0) for refused, answered in _with_both(role, group)]
+    rows = gaps if each else [gap.mean(0, keepdim=True) for gap in gaps]
     return torch.cat(rows) if rows else x.new_zeros(0, x.shape[1])
+
+
+def _with_both(
+    role: Int[Tensor, " n"], group: Int[Tensor, " n"]
+) -> Iterator[tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]]:
+    """Which prompts of a group are refused, and which answered, for every group that has both."""
+    for name in distinct(group):
+        refused, answered = ((group == name) & (role == sign) for sign in (1, -1))
+        if bool(refused.any()) and bool(answered.any()):
+            yield refused, answered
 
 
 def ridge_fits(evidence: Evidence, group: Int[Tensor, " n"]) -> Float[Tensor, "m d"]:
@@ -114,12 +149,10 @@ def principal(rows: Float[Tensor, "m d"], k: int, size: float | None = None) -> 
     return vectors[values > _RANK * (float(rows.norm()) if size is None else size)][: max(k, 0)]
 
 
-def random_basis(k: int, d: int, seed: int, like: Moments | None = None) -> Float[Tensor, "r d"]:
-    """k orthonormal rows: uniformly random, or random vectors with the covariance of the moments `like`, made orthonormal in
-    their order. One seed gives neighbouring layers the same mixture of prompts, so they agree as real directions do."""
-    rows = random_unit_vectors(k, d, seed, like)
-    if like is not None:
-        rows = rows[: like.count - 1]  # no more dimensions than the states span
+def like_states(k: int, seed: int, like: Moments) -> Float[Tensor, "r d"]:
+    """k orthonormal rows: random vectors with the covariance of the moments `like`, made orthonormal in their order. One seed gives
+    neighbouring layers the same mixture of prompts, so they agree as real directions do."""
+    rows = random_unit_vectors(k, like.d, seed, like)[: like.count - 1]  # no more dimensions than the states span
     q, r = torch.linalg.qr(rows.T)
     basis: Tensor = (q * r.diagonal().sign()).T
     return basis[r.diagonal().abs() > _RANK]
