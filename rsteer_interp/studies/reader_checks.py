@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
+from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.progress import progress
 from rsteer_interp.reader import validation_of
@@ -24,11 +25,13 @@ def judged_subsample(
     kinds: Mapping[str, Sequence[Edit | None]],
     prompts: Sequence[str],
     subjects: Sequence[str],
+    backend: Callable[[], Backend] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Judged greedy replies to the prompts under every edit of every kind, beside the log-odds of the same prompt passes: a
     Validation's data per kind, and `by_edit`, the share still refused under each of its edits.
 
-    `key` is what the edits depend on, for the stage that keeps the outcome. Costs a reply per prompt and edit.
+    `key` is what the edits depend on, for the stage that keeps the outcome. `backend` gives the one that makes the edits, where
+    it is not the study's. Costs a reply per prompt and edit.
     """
 
     def compute() -> tuple[dict[str, Any], None]:
@@ -36,7 +39,7 @@ def judged_subsample(
         with progress("judging a subsample under edits", n * len(prompts)) as advance:
             for kind, edits in kinds.items():
                 replies = replies_of_each(
-                    study.backend,
+                    study.backend if backend is None else backend(),
                     rows,
                     prompts,
                     study.judge,

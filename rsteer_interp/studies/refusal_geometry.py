@@ -24,6 +24,7 @@ from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.studies.direction_atlas import Groups, atlas, coefficients, subspace_cosines
 from rsteer_interp.studies.geometry_words import finding
 from rsteer_interp.studies.independence import shifts, summary
+from rsteer_interp.studies.reader_checks import checks_table
 from rsteer_interp.studies.refusal_kinds import SETS, Kind, counts, members, weights, with_a_direction
 from rsteer_interp.studies.refusal_steering import LEAST, Prompts, Transfer, random_directions, windows
 from rsteer_interp.studies.study import NotApplicable, Study, interval
@@ -99,6 +100,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
         "n": {c: prompts["report"].columns.count(c) for c in [k.name for k in columns]},
         "transfer": transfer.equal_dose(),
         "matched": transfer.matched(),
+        "read_out": transfer.judged(),
         "independence": _independence(study, config, _independent(columns), main, units, vectors, random, transfer),
     }
     return {**data, "finding": finding(data, study.n_layers)}, {
@@ -262,7 +264,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
         read.add_column(k["label"])
     for k, line in zip(kinds, data["readout"], strict=True):
         read.add_row(k["label"], *(interval(c) if c else "-" for c in line))
-    return [cosines, read, *(_transfer(data, label, *which) for which in _SHOWN)]
+    return [cosines, read, *(_transfer(data, label, *which) for which in _SHOWN), checks_table(data["read_out"])]
 
 
 _SHOWN = (

@@ -26,6 +26,7 @@ from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.studies.doses import Dosed, RecordShares, mean_doses
+from rsteer_interp.studies.reader_checks import judged_subsample
 from rsteer_interp.studies.refusal_kinds import Kind
 from rsteer_interp.studies.study import Study
 from rsteer_interp.studies.transfer import cells, dissociation, dose_for
@@ -220,6 +221,18 @@ class Transfer:
             "ablation_sizes": [line[0] for line in sizes],
             "dissociation": self._pairs(dict(zip(self.units, x[:, 1], strict=True)), [s[0] for s in sizes], *displaced),
         }
+
+    def judged(self) -> dict[str, dict[str, Any]]:
+        """Log-odds against judged replies on the report prompts, under what the columns' own directions add and ablate."""
+        layers, report = self.window["layers"], self.report
+        names = [name for name in dict.fromkeys(report.columns) if name in self.units]
+        kinds: dict[str, list[Edit | None]] = {
+            "addition over a window": [self.push(layers, self.units[name], self.dose) for name in names],
+            "ablation over a window": [ablate({Site(n): self.units[name][Site(n)] for n in layers}) for name in names],
+        }
+        subjects = [f"{c} {s}" for c, s in zip(report.columns, report.subjects, strict=True)]
+        key = {**self.key, "layers": layers, "dose": self.dose, "rows": names}
+        return judged_subsample(self.study, "3_judged", key, kinds, report.texts, subjects)
 
     def matched(self) -> dict[str, Any]:
         """Rows of main kinds again, each at the dose at which it removes the same from its own select prompts."""
