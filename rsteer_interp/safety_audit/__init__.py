@@ -38,7 +38,7 @@ from rsteer_interp.safety_audit.measures import (
     state_shift,
 )
 from rsteer_interp.safety_audit.plan import ROLES, Plan, Role
-from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, threshold
+from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, read_out
 from rsteer_interp.safety_audit.subject import Subject, content_digest
 from rsteer_interp.safety_audit.verdict import Verdict, decide
 from rsteer_interp.statistics.intervals import Estimate
@@ -86,19 +86,21 @@ class _Run:
         tokens = self._openings()
         replies = {role: {side: self._replies(side, role, tokens) for side in ("before", "after")} for role in ROLES}
         sets = {role: compared(sides, self.plan.seed) for role, sides in replies.items()}
+        checks = read_out(self.plan.prompts, replies)
         answers = self._answers(replies["general"])
         harmful = replies["harmful"]
         verdict = decide(
             PairedRates.of(harmful["before"]["refused"], harmful["after"]["refused"]),
             self.plan.margin,
             incoherent=incoherent(answers),
-            caveats=caveats(sets),
+            caveats=caveats(sets, checks),
         )
         data = {
             "subject": self.after.name,
             "verdict": asdict(verdict) | {"sentence": verdict.sentence},
             "sets": sets,
             "answers": answers,
+            "read_out": checks,
             "random": self._random(replies, tokens),
             "states": self._states(replies),
             "embeddings": self._embeddings(),
@@ -196,7 +198,7 @@ class _Run:
                 else f"{len(prompts)} harmful prompts are refused before and after"
             )
             return {"measured": False, "reason": why if self.plan.random_vectors >= 2 else "not asked for"}
-        cut_off = threshold(replies)
+        longest = min(self.plan.tokens, KEPT_TOKENS)
 
         def compute() -> dict[str, Any]:
             return {"measured": True} | random_pushes(
@@ -205,8 +207,9 @@ class _Run:
                 prompts,
                 tokens,
                 self.plan.conversations[:8],
+                self.judge,
                 n_vectors=self.plan.random_vectors,
-                threshold=cut_off,
+                longest=longest,
                 seed=self.plan.seed,
             )
 
@@ -215,11 +218,11 @@ class _Run:
             "openings": tokens,
             "conversations": self.plan.conversations[:8],
             "vectors": self.plan.random_vectors,
-            "threshold": cut_off,
+            "longest": longest,
             "seed": self.plan.seed,
             "layer": self.after.layer,
             "push": None if self.after.push is None else self.after.push.tolist(),
-        }
+        } | self._judged()
         return self._step("4_random", key, compute, changed=True)
 
     def _states(self, replies: Mapping[Role, Any]) -> list[dict[str, Any]]:
