@@ -59,12 +59,6 @@ def lens_logits(backend: Backend, vectors: Float[Tensor, "vector d"]) -> Float[T
     return torch.cat(found)
 
 
-def logit_lens(backend: Backend, vector: Float[Tensor, " d"], k: int = 10) -> list[tuple[str, float]]:
-    """The k tokens with the largest logits behind the final norm for a vector, with those logits."""
-    logits, ids = lens_logits(backend, vector[None])[0].topk(k)
-    return [(backend.tokenizer.decode([i]), x) for i, x in zip(ids.tolist(), logits.tolist(), strict=True)]
-
-
 @dataclass(frozen=True)
 class Anchor:
     """How much a site's direction writes the openers of refusals: their log-odds in its lens (nats), beside random vectors.

@@ -143,11 +143,6 @@ class Moments:
             raise UserError("no states in these moments; add some before asking for a covariance")
         return (self.scatter / self.weight).dense
 
-    def second_moment(self, about: Float[Tensor, " d"] | None = None) -> Float[Tensor, "d d"]:
-        """sum w (h - a)(h - a)^T / W about a point a, the origin unless given; equals covariance + (mean - a)(mean - a)^T."""
-        shift = self.mean if about is None else self.mean - about.to(self.mean)
-        return self.covariance + torch.outer(shift, shift)
-
     def merge(self, other: Moments) -> Moments:
         """The statistics of both samples together, exact up to float64 rounding."""
         if self.d != other.d:

@@ -6,19 +6,19 @@ second, and everything reported comes from the third.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.prompt_files import Record, fields_of, read_records
 
 Split = Literal["fit", "select", "report"]
 SPLIT_SHARES: dict[Split, float] = {"fit": 0.4, "select": 0.2, "report": 0.4}
@@ -34,8 +34,6 @@ BUILT_IN = (
     "unusual",
     "conversations",
 )
-_TEXT_COLUMNS = ("prompt", "Goal", "goal", "question", "instruction", "text")
-_SUBJECT_COLUMNS = ("subject", "Category", "category", "topic")
 
 
 class Prompt(BaseModel):
@@ -84,7 +82,8 @@ class PromptSet:
 
     def split(self, split: Split) -> PromptSet:
         """The prompts of one split; sets without splits of their own are split by a hash of the subject."""
-        chosen = tuple(p for p in self.prompts if (p.split or _split_of(p.subject, self.prompts)) == split)
+        by_subject = _splits_of(p.subject for p in self.prompts)
+        chosen = tuple(p for p in self.prompts if (p.split or by_subject[p.subject]) == split)
         if not chosen:
             raise UserError(
                 f"prompt set '{self.name}' has no prompts in split '{split}'; it needs at least three subjects"
@@ -94,30 +93,30 @@ class PromptSet:
     def sample(self, n: int, seed: int) -> PromptSet:
         """At most `n` prompts, spread evenly over the subjects, in an order that depends on the seed alone."""
         order = random.Random(f"{seed}|{self.name}")
-        by_subject = {subject: [p for p in self.prompts if p.subject == subject] for subject in self.subjects}
+        by_subject: dict[str, list[Prompt]] = {subject: [] for subject in self.subjects}
+        for prompt in self.prompts:
+            by_subject[prompt.subject].append(prompt)
         for prompts in by_subject.values():
             order.shuffle(prompts)
         subjects = list(by_subject)
         order.shuffle(subjects)
         chosen: list[Prompt] = []
-        while len(chosen) < min(n, len(self.prompts)):
-            for subject in subjects:
-                if by_subject[subject] and len(chosen) < n:
-                    chosen.append(by_subject[subject].pop())
+        while subjects and len(chosen) < n:
+            chosen += [by_subject[subject].pop() for subject in subjects[: n - len(chosen)]]
+            subjects = [subject for subject in subjects if by_subject[subject]]
         return PromptSet(self.name, tuple(chosen))
 
 
-def _split_of(subject: str, prompts: Sequence[Prompt]) -> Split:
-    """Split of a subject: subjects ranked by hash, the first 40 % to fit, the next 20 % to select, the rest to report."""
-    ranked = sorted({p.subject for p in prompts}, key=lambda s: hashlib.blake2b(s.encode()).digest())
+def _splits_of(subjects: Iterable[str]) -> dict[str, Split]:
+    """Split of every subject: subjects ranked by hash, the first 40 % to fit, the next 20 % to select, the rest to report."""
+    ranked = sorted(set(subjects), key=lambda s: hashlib.blake2b(s.encode()).digest())
     first = round(len(ranked) * SPLIT_SHARES["fit"])
     second = first + max(1, round(len(ranked) * SPLIT_SHARES["select"]))
-    place = ranked.index(subject)
-    return "fit" if place < first else "select" if place < second else "report"
+    return {s: "fit" if i < first else "select" if i < second else "report" for i, s in enumerate(ranked)}
 
 
 def load_prompts(reference: str | Path) -> PromptSet:
-    """Prompts from a built-in set's name, a .txt / .csv / .jsonl / .parquet file, or a hub data set.
+    """Prompts from a built-in set's name, a file (see `prompt_files`), or a hub data set.
 
     A hub data set is written `hf:owner/name@revision/config#split` (config and split optional), for example
     `hf:JailbreakBench/JBB-Behaviors@main/behaviors#harmful`.
@@ -125,84 +124,29 @@ def load_prompts(reference: str | Path) -> PromptSet:
     text = str(reference)
     if text in BUILT_IN:
         with resources.as_file(resources.files("rsteer_interp") / "data" / f"{text}.jsonl") as path:
-            return _checked(text, _read_jsonl(path))
+            return _checked(text, _built_in(path))
     if text.startswith("hf:"):
         return _checked(text, _read_hub(text[3:]))
     path = Path(text)
-    if not path.exists():
+    if not path.is_file():
         raise UserError(
-            f"no prompt set or file '{text}'; built-in sets: {', '.join(BUILT_IN)}; files: .txt, .csv, .jsonl, .parquet; "
+            f"no prompt set or file '{text}'; built-in sets: {', '.join(BUILT_IN)}; files: .txt, .csv, .tsv, .json, .jsonl, .parquet; "
             "hub data sets: hf:owner/name@revision"
         )
-    readers = {".txt": _read_text, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise UserError(f"cannot read prompts from '{path.name}'; use one of {', '.join(readers)}")
-    return _checked(path.stem, readers[path.suffix](path))
+    return _checked(path.stem, read_records(path))
 
 
-def _checked(name: str, records: list[dict[str, Any]]) -> PromptSet:
-    prompts = []
-    for i, record in enumerate(records):
-        row = dict(record)
-        row["prompt"] = _pick(row, _TEXT_COLUMNS)
-        row["subject"] = str(_pick(row, _SUBJECT_COLUMNS) or f"prompt_{i}")
-        row["set"] = row.get("set") or name
-        try:
-            prompts.append(Prompt.model_validate(row))
-        except ValidationError as error:
-            detail = error.errors()[0]
-            raise UserError(
-                f"prompt {i + 1} of '{name}': {'.'.join(map(str, detail['loc']))}: {detail['msg']}"
-            ) from None
+def _checked(name: str, records: Sequence[dict[str, Any]]) -> PromptSet:
+    prompts = [Prompt.model_validate({"subject": f"prompt_{i}", "set": name, **row}) for i, row in enumerate(records)]
     if not prompts:
         raise UserError(f"prompt set '{name}' is empty; give at least one prompt")
     return PromptSet(name, tuple(prompts))
 
 
-def _pick(row: dict[str, Any], names: Sequence[str]) -> Any:
-    return next((row[name] for name in names if row.get(name)), None)
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path.name}' is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read '{path.name}': {error.strerror}") from None
-
-
-def _read_text(path: Path) -> list[dict[str, Any]]:
-    return [{"prompt": line.strip()} for line in _utf8(path).splitlines() if line.strip()]
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    return list(csv.DictReader(_utf8(path).splitlines()))
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(_utf8(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"'{path.name}' line {number} is not JSON ({error.msg}); one object per line") from None
-        if not isinstance(record, dict):
-            raise UserError(f'\'{path.name}\' line {number} is not an object; write {{"prompt": "..."}}')
-        if not record.get("header"):
-            records.append(record)
-    return records
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pandas
-
-    try:
-        return list(pandas.read_parquet(path).to_dict("records"))  # type: ignore[arg-type]
-    except Exception as error:  # pyarrow has no common base class for unreadable files
-        raise UserError(f"'{path.name}' is not a readable parquet file ({error})") from None
+def _built_in(path: Path) -> list[dict[str, Any]]:
+    """The first line of a built-in set is no prompt: it says how the set was written."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[1:] if line]
 
 
 def _read_hub(reference: str) -> list[dict[str, Any]]:
@@ -220,4 +164,4 @@ def _read_hub(reference: str) -> list[dict[str, Any]]:
         ) from None
     if hasattr(data, "keys"):
         raise UserError(f"hub data set '{name}' has splits {', '.join(data.keys())}; choose one: hf:{head}#<split>")
-    return [dict(row) for row in data]
+    return fields_of([Record(row, f"row {i}") for i, row in enumerate(data, 1)], name)

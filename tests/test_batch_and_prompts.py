@@ -167,7 +167,7 @@ def test_readers_agree(tmp_path: Path) -> None:
         ("a.jsonl", b"\xff\xfe", "not UTF-8"),
         ("a.jsonl", b'{"prompt": "x"}\n{', "line 2 is not JSON"),
         ("a.jsonl", b"[1]", "not an object"),
-        ("a.jsonl", b'{"text_": "x"}', "prompt 1 of"),
+        ("a.jsonl", b'{"words": "x"}', "line 1 has no prompt .its columns: words"),
         ("a.parquet", b"nonsense", "not a readable parquet"),
         ("a.docx", b"", "use one of"),
     ],

@@ -187,6 +187,12 @@ class FlippedSign:
         return evidence.complying.mean - evidence.refusing.mean
 
 
+def _about(moments: Moments, point: Tensor | float = 0.0) -> Tensor:
+    """The second moment about a point."""
+    shift = moments.mean - point
+    return moments.covariance + torch.outer(shift, shift)
+
+
 @dataclass(frozen=True)
 class UnweightedCentring:
     name: ClassVar[str] = "fault"
@@ -194,9 +200,7 @@ class UnweightedCentring:
     def fit(self, evidence: Evidence) -> Tensor:
         weighted, centre = evidence.complying_weighted, evidence.complying.mean
         delta = evidence.refusing_weighted.mean - weighted.mean
-        return torch.linalg.solve(
-            weighted.second_moment(centre) + 0.01 * torch.eye(len(delta), dtype=torch.float64), delta
-        )
+        return torch.linalg.solve(_about(weighted, centre) + 0.01 * torch.eye(len(delta), dtype=torch.float64), delta)
 
 
 @dataclass(frozen=True)
@@ -214,9 +218,7 @@ class Uncentred:
 
     def fit(self, evidence: Evidence) -> Tensor:
         delta = evidence.refusing.mean - evidence.complying.mean
-        return torch.linalg.solve(
-            evidence.complying.second_moment() + 0.01 * torch.eye(len(delta), dtype=torch.float64), delta
-        )
+        return torch.linalg.solve(_about(evidence.complying) + 0.01 * torch.eye(len(delta), dtype=torch.float64), delta)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from rsteer_interp.interventions import Affine, ablate, add
 from rsteer_interp.methods import trials as trials_module
 from rsteer_interp.methods.arditi import Arditi, ArditiAddition, Score, Selection
 from rsteer_interp.methods.base import Examples, Material, Method
-from rsteer_interp.methods.candidates import Search, random_candidates
+from rsteer_interp.methods.candidates import Search
 from rsteer_interp.methods.trials import Trials, trials
+from rsteer_interp.nulls import random_unit_vectors
 from tests.planted_refusal import N_LAYERS, REFUSAL, Planted, planted_material, planted_refusal
 from tests.tiny_models import Kind
 
@@ -161,7 +162,9 @@ def test_ablation_is_blind_to_length_and_sign_and_addition_is_not() -> None:
 @pytest.mark.parametrize("plant", PLANTS)
 def test_the_choice_is_necessary_and_sufficient_where_random_directions_are_not(plant: tuple[int, int, int]) -> None:
     found, kept = chosen(*plant), trials(planted(*plant)[1], EVERYTHING)
-    nulls = kept.measure(random_candidates(found.chosen, 20, seed=5), "linear")
+    length = found.chosen.length
+    units = random_unit_vectors(20, len(found.chosen.vector), 5).float()
+    nulls = kept.measure([replace(found.chosen, vector=length * unit) for unit in units], "linear")
     removed = torch.tensor([float(one.removed.mean()) for one in nulls])
     added = torch.tensor([float(one.added.mean()) for one in nulls])
     assert found.score.ablation < removed.min() - 1 and found.score.addition > added.max() + 1

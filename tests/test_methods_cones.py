@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import pytest
@@ -19,12 +19,13 @@ from rsteer_interp.interventions import ablate
 from rsteer_interp.measures import refusal_log_odds
 from rsteer_interp.methods.cones import (
     ConeLoss,
-    bypass_effect,
+    Move,
+    bypass_effects,
     cone_directions,
     fit_cones,
     sample_test,
 )
-from rsteer_interp.methods.independence import RepInd, dependence, independent_directions
+from rsteer_interp.methods.independence import RepInd, dependence, independent_direction
 from rsteer_interp.methods.rdo import ablation
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.training import Descent, gram_schmidt
@@ -102,16 +103,19 @@ def test_bases_stay_orthonormal_and_start_from_the_smaller_ones(monkeypatch: pyt
 def test_samples_of_a_planted_cone_beat_random_vectors_and_noise_does_not() -> None:
     planted = gram_schmidt(vector(9, 90).view(3, 30))
 
-    def effect(r: Tensor) -> float:
-        return float((planted @ r.double()).square().sum())
+    def effects(moves: Sequence[Move]) -> Tensor:
+        return torch.stack([(planted @ (r if u is None else u).double()).square().sum()[None] for r, u in moves])
 
-    test = sample_test(planted, effect, n=16)
+    test = sample_test(planted, effects, n=16)
     assert len(test.cone) == len(test.random) == 16
     assert test.p < 1e-4 and min(test.cone) == pytest.approx(1, abs=1e-5)
     assert sum(test.random) / 16 == pytest.approx(3 / 30, abs=0.06)
     # An effect that no direction has: p is uniform.
     noise = torch.Generator().manual_seed(0)
-    null = [sample_test(planted, lambda r: float(torch.randn(1, generator=noise)), n=12, seed=i).p for i in range(60)]
+    null = [
+        sample_test(planted, lambda moves: torch.randn(len(moves), 1, generator=noise), n=12, seed=i).p
+        for i in range(60)
+    ]
     assert sum(p < 0.05 for p in null) <= 8 and 0.3 < sum(null) / 60 < 0.7
 
 
@@ -126,8 +130,7 @@ def test_a_trained_cone_of_a_model_lowers_log_odds_where_random_vectors_do_not(k
         return [refusal_log_odds(logits, TOKENS).mean()]
 
     found = fit_cones(vector(1, D_MODEL), loss, 2, Descent(steps=12, lr=0.05), samples=2)
-    effect = bypass_effect(backend, rows, TOKENS)
-    test = sample_test(found[-1].value, effect, n=8)
+    test = sample_test(found[-1].value, bypass_effects(backend, rows, TOKENS), n=8)
     assert test.p < 0.01
     r = cone_directions(found[-1].value, 8, 0)[0].float()
     sites = [site for site in backend.sites if site.point != "resid_post"]
@@ -252,8 +255,10 @@ def test_directions_found_one_after_another_are_independent_of_those_before() ->
 
     starts = torch.stack([V + 0.1 * vector(1, D_MODEL), U + 0.1 * vector(2, D_MODEL)])
     descent = Descent(steps=30, lr=0.03)
-    first, second = independent_directions(backend, starts, loss, rows, descent)
-    (_, free) = independent_directions(backend, starts, loss, rows, descent, weight=0.0)
+    first = independent_direction(backend, [], starts[0], loss, rows, descent)
+    known = [first.value[0]]
+    second = independent_direction(backend, known, starts[1], loss, rows, descent)
+    free = independent_direction(backend, known, starts[1], loss, rows, descent, weight=0.0)
     assert abs(float(first.value[0] @ V.double())) > 0.95
     to_first = RepInd.of(backend, rows, first.value[0])
     assert to_first(second.value[0]) < 0.1 * to_first(free.value[0])
@@ -264,6 +269,4 @@ def test_directions_found_one_after_another_are_independent_of_those_before() ->
 def test_dependent_starts_are_refused() -> None:
     backend = coupled_backend()
     with pytest.raises(UserError, match="not linearly independent"):
-        independent_directions(
-            backend, torch.stack([V, V]), lambda r, step: [0 * r.sum()], many_rows(backend), Descent(steps=1)
-        )
+        independent_direction(backend, [V], V, lambda r, step: [0 * r.sum()], many_rows(backend), Descent(steps=1))

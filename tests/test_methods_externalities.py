@@ -23,7 +23,7 @@ from rsteer_interp.methods.compliance_vector import (
     ordinary_texts,
     with_openings,
 )
-from rsteer_interp.methods.format_vector import JSON_REQUEST, format_vector
+from rsteer_interp.methods.format_vector import JSON_REQUEST, AnswerForm, format_vector
 from tests.tiny_models import ANSWERS, KINDS, PROMPTS, Kind, answered_rows, draw, tiny_backend, tiny_rows
 from tests.two_direction_material import planted_material
 
@@ -172,3 +172,18 @@ def test_a_request_that_changes_nothing_is_named() -> None:
     backend = tiny_backend("llama")
     with pytest.raises(UserError, match="changes no state"):
         format_vector(backend, backend.template(), PROMPTS, Site(1), request="")
+
+
+def test_the_form_of_an_answer_as_a_method_moves_the_component_by_its_strength() -> None:
+    material = planted_material()
+    fitted = AnswerForm().fit(material)
+    rows = material.template.encode_all(PROMPTS)
+    none, half, full = (fitted(s).edit for s in (0.0, 0.5, 1.0))
+    assert isinstance(full, Affine) and isinstance(half, Affine) and isinstance(none, Affine)
+    along = [
+        last_states(material.backend, rows, [full.site], edit)[full.site].double() @ full.direction.double()
+        for edit in (none, half, full)
+    ]
+    for values, amount in zip(along, (none.amount, half.amount, full.amount), strict=True):
+        torch.testing.assert_close(values, torch.full_like(values, float(amount)), atol=1e-4, rtol=0)
+    assert float(half.amount) == pytest.approx((float(none.amount) + float(full.amount)) / 2)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import log_odds
 from rsteer_interp.methods.base import Method
+from rsteer_interp.methods.prompt_tuning import PromptTuning
 from rsteer_interp.methods.prompting import NEUTRAL, OPEN, SAFE, PromptNeutral, PromptOpen, PromptSafe, SystemPrompt
+from rsteer_interp.soft_prompt import positions_of, prompt_vectors
+from tests.planted_material import planted_material as planted_refusing_material
 from tests.two_direction_material import planted_material
 
 ALL = (PromptOpen, PromptSafe, PromptNeutral)
@@ -65,3 +70,40 @@ def test_a_template_without_a_system_role_is_refused_when_fitting() -> None:
     )
     with pytest.raises(UserError, match="without a system prompt"):
         PromptOpen().fit(material)
+
+
+def test_a_tuned_prompt_starts_as_the_written_one_and_its_loss_falls() -> None:
+    material = planted_refusing_material()
+    method = PromptTuning(text=OPEN, steps=12, n_prompts=8)
+    fitted = method.fit(material)
+    none, full = fitted(0.0), fitted(1.0)
+    assert none.system == full.system == OPEN
+    template = material.backend.template(system=OPEN)
+    rows = template.encode_all(material.select[material.remove].texts)
+    written = log_odds(material.backend, rows, material.refusal_tokens)
+    assert torch.allclose(log_odds(material.backend, rows, material.refusal_tokens, none.edit), written, atol=1e-3)
+    positions = positions_of(template, OPEN)
+    start = prompt_vectors(material.backend, template, positions)
+    losses = method.train(material, positions, start).losses
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_a_tuned_prompt_is_held_to_the_model_without_it() -> None:
+    """What is kept is measured against the plain template, row by row, in the same batches."""
+    material = planted_refusing_material()
+    positions = positions_of(material.backend.template(system=OPEN), OPEN)
+    loss = PromptTuning(n_prompts=8, batch=3).loss(material, positions)
+    assert len(loss.ordinary) == len(loss.plain_logits) and len(loss.kept) == len(loss.plain_odds) > 1
+    for prompted, logits in zip(loss.ordinary, loss.plain_logits, strict=True):
+        assert logits.shape[:2] == (len(prompted.rows), max(row.answer_length for row in prompted.rows))
+    for batch, odds in zip(loss.kept, loss.plain_odds, strict=True):
+        again = []
+        for row in batch.rows:
+            question = row.ids[row.prefix : row.instruction]
+            plain = next(
+                r
+                for r in material.template.encode_all(material.fit[material.keep].texts)
+                if r.ids[r.prefix : r.instruction] == question
+            )
+            again.append(float(log_odds(material.backend, [plain], material.refusal_tokens)))
+        torch.testing.assert_close(odds.double(), torch.tensor(again).double(), atol=1e-4, rtol=1e-4)

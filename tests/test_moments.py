@@ -108,15 +108,6 @@ def test_weight_two_is_a_copy_and_weight_zero_is_absence() -> None:
     assert_same(Moments.of(x, absent), Moments.of(x[absent > 0]))
 
 
-def test_second_moment_about_a_point() -> None:
-    x, w = sample(30, 6)
-    moments, point = Moments.of(x, w), torch.arange(6.0)
-    direct = ((x - point) * w[:, None]).T @ (x - point) / w.sum()
-    torch.testing.assert_close(moments.second_moment(point), direct)
-    torch.testing.assert_close(moments.second_moment(), (x * w[:, None]).T @ x / w.sum())
-    torch.testing.assert_close(moments.second_moment(moments.mean), moments.covariance)
-
-
 def test_states_of_any_dtype_are_upcast_where_a_low_precision_gram_is_wrong() -> None:
     x, _ = sample(300, 24, offset=0)
     x[:, -1] += 500  # a massive activation

@@ -33,6 +33,7 @@ SIZES = {
         *("--judged", "16", "--screened", "8", "--conversations", "8", "--watch", "borderline", "general"),
     ],
     "random_audit": ["--prompts", "6", "--vectors", "8", "--conversations", "4"],
+    "refusal_cones": ["--prompts", "6", "--steps", "2", "--trained", "6", "--random", "4", "--drawn", "4"],
     "embedding_noise": ["--prompts", "8", "--doses", "0", "0.5", "2", "8"],
     # Enough of both verdicts for several kinds of refusal.
     "refusal_geometry": [

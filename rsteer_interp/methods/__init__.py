@@ -8,6 +8,8 @@ from rsteer_interp.methods.cast import Cast
 from rsteer_interp.methods.compliance_vector import Bind, Compliance
 from rsteer_interp.methods.cosmic import Cosmic, CosmicAffine
 from rsteer_interp.methods.dbdi import Dbdi
+from rsteer_interp.methods.format_vector import AnswerForm
+from rsteer_interp.methods.prompt_tuning import PromptTuning
 from rsteer_interp.methods.prompting import PromptNeutral, PromptOpen, PromptSafe
 from rsteer_interp.methods.random_direction import RandomDirections
 from rsteer_interp.methods.rdo import RDO, RDORetain
@@ -25,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "prompt_neutral": PromptNeutral,
     "prompt_open": PromptOpen,
     "prompt_safe": PromptSafe,
+    "prompt_tuned": PromptTuning,
     "md": MeanDifferenceSteering,
     "md_reposition": MeanDifferenceReposition,
     "wrmd": WeightedRidgeSteering,
@@ -43,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "rdo_retain": RDORetain,
     "compliance": Compliance,
     "bind": Bind,
+    "steer_json": AnswerForm,
 }
 
 __all__ = ["METHODS", "Examples", "Material", "Method", "Treatment"]

@@ -8,7 +8,7 @@ Arditi et al. (arXiv 2406.11717) and COSMIC (arXiv 2506.00085) choose among the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import Affine, Everywhere
 from rsteer_interp.methods.base import Examples
-from rsteer_interp.nulls import cosine, random_unit_vectors
+from rsteer_interp.nulls import cosine
 
 Operator = Literal["linear", "affine"]
 Place = tuple[int, int]  # position, layer
@@ -86,12 +86,6 @@ def mean_differences(
             if float(r.norm()) > _NO_DIFFERENCE * float(low.norm()):
                 found[position, site.layer] = Candidate(position, site.layer, r.float(), low.float())
     return found
-
-
-def random_candidates(candidate: Candidate, n: int, seed: int) -> list[Candidate]:
-    """The null: random directions at the candidate's place, as long as it is."""
-    units = random_unit_vectors(n, len(candidate.vector), seed)
-    return [replace(candidate, vector=(candidate.length * unit).float()) for unit in units]
 
 
 def evaluation_layers(fit: Mapping[str, Examples], names: Iterable[str], n_layers: int, share: float) -> list[Site]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.batch import Tokens
-from rsteer_interp.evaluation import log_odds
-from rsteer_interp.methods.rdo import ablation
+from rsteer_interp.evaluation import log_odds_of_each
+from rsteer_interp.methods.rdo import ablation, displacement
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.training import Descent, Loss, Trained, gram_schmidt, train
 
@@ -77,7 +77,8 @@ def fit_cones(
 
 @dataclass(frozen=True)
 class SampleTest:
-    """Effects of random directions of a cone and of random vectors; p of the Mann-Whitney test that the cone's are larger.
+    """Mean effect of each of n directions of a cone, and of n random edits of equal size; p of the Mann-Whitney test that the
+    cone's are larger.
 
     p is about the directions of this cone, not about cones drawn anew: directions of one cone are alike.
     """
@@ -87,18 +88,27 @@ class SampleTest:
     p: float
 
 
-def sample_test(
-    basis: Float[Tensor, "k d"], effect: Callable[[Float[Tensor, " d"]], float], n: int = 16, seed: int = 0
-) -> SampleTest:
-    """n directions of each kind; `effect` is the larger the more a direction mediates refusal (`bypass_effect`)."""
-    cone = tuple(effect(r.float()) for r in cone_directions(basis, n, seed))
-    random = tuple(effect(r.float()) for r in random_unit_vectors(n, basis.shape[1], seed + 1))
-    return SampleTest(cone, random, float(stats.mannwhitneyu(cone, random, alternative="greater").pvalue))
+Move = tuple[Float[Tensor, " d"], Float[Tensor, " d"] | None]
+"""A direction that is ablated everywhere; with a second one, as much is moved along that instead (`rdo.displacement`)."""
+Effects = Callable[[Sequence[Move]], Float[Tensor, "move prompt"]]
 
 
-def bypass_effect(
-    backend: Backend, rows: Sequence[Tokens], token_ids: Sequence[int]
-) -> Callable[[Float[Tensor, " d"]], float]:
-    """Direction -> by how much ablating it everywhere lowers the prompts' mean refusal log-odds, in nats."""
-    base = float(log_odds(backend, rows, token_ids).mean())
-    return lambda r: base - float(log_odds(backend, rows, token_ids, ablation(backend, r)).mean())
+def sample_test(basis: Float[Tensor, "k d"], effects: Effects, n: int = 16, seed: int = 0) -> SampleTest:
+    """n directions of the cone, and for each the same amounts moved along a random direction. The paper compares with
+    ablations of random directions, of which a state has so little that they change next to nothing."""
+    drawn = cone_directions(basis, n, seed).float()
+    random = random_unit_vectors(n, basis.shape[1], seed + 1).float()
+    both = effects([*((r, None) for r in drawn), *zip(drawn, random, strict=True)]).mean(1).tolist()
+    p = float(stats.mannwhitneyu(both[:n], both[n:], alternative="greater").pvalue)
+    return SampleTest(tuple(both[:n]), tuple(both[n:]), p)
+
+
+def bypass_effects(backend: Backend, rows: Sequence[Tokens], token_ids: Sequence[int]) -> Effects:
+    """By how much each move lowers each prompt's refusal log-odds, in nats."""
+
+    def effects(moves: Sequence[Move]) -> Float[Tensor, "move prompt"]:
+        edits = [ablation(backend, r) if u is None else displacement(backend, r, u) for r, u in moves]
+        base, *moved = log_odds_of_each(backend, rows, token_ids, [None, *edits])
+        return torch.stack([base - odds for odds in moved])
+
+    return effects

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from rsteer_interp.activations import mean_norms
 from rsteer_interp.backends.edits import Compose, Edit, Site
+from rsteer_interp.batch import Tokens
 from rsteer_interp.directions.paired import paired_direction
 from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.gates import discriminant
 from rsteer_interp.interventions import Affine
 from rsteer_interp.methods.base import Check, Examples, Fitted, Material, Treatment
@@ -30,6 +32,7 @@ from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import cosine
 from rsteer_interp.prompts import BUILT_IN, load_prompts
 from rsteer_interp.selection import steerable_layers
+from rsteer_interp.statistics.intervals import Estimate
 
 Order = Literal["project_first", "shift_first"]
 Support = Literal["classifier", "random"]
@@ -153,7 +156,8 @@ class Dbdi:
             "harm_probe": "a harm probe",
             "project_execution": "projecting",
         }
-        return [
+        order = self._order(material, material.template.encode_all(borderline), found, strength * norm, norm)
+        return [order] + [
             Check(
                 f"change of {words[read]} by {words.get(cause, 'shifting')} on borderline prompts (overlap of the directions "
                 f"{found.overlap:+.2f})",
@@ -162,6 +166,19 @@ class Dbdi:
             )
             for (cause, read), effect in seen.effects.items()
         ]
+
+    def _order(
+        self, material: Material, rows: Sequence[Tokens], found: TwoDirections, beta: float, norm: float
+    ) -> Check:
+        """What projecting before shifting changes against shifting before, beside what the identity of `order_gap` allows."""
+        gap = order_gap(found.execution, found.detection, alpha=self.alpha, beta=beta)
+        edits = [found.edit(beta, alpha=self.alpha, order=order) for order in ("project_first", "shift_first")]
+        first, second = log_odds_of_each(material.backend, rows, material.refusal_tokens, edits)
+        return Check(
+            "change of refusal log-odds on borderline prompts by projecting first in place of shifting first",
+            Estimate.of((first - second).numpy(), seed=material.seed),
+            f"the states differ by alpha beta <r, g> = {float(gap.norm()) / norm:.2g} |resid|; 0 for orthogonal directions",
+        )
 
     def directions(self, material: Material) -> TwoDirections:
         """Both directions at the chosen layer. UserError where a class is empty or the layer cannot be edited."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,6 +22,7 @@ from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import Affine
+from rsteer_interp.methods.base import Fitted, Material, Treatment
 
 JSON_REQUEST = "Put the whole answer into one JSON object and write nothing outside it."
 
@@ -38,9 +40,10 @@ class FormatVector:
     plain: float
     n: int
 
-    def edit(self) -> Edit:
-        """Sets <h', u> = zbar at every position."""
-        return Affine(self.site, self.direction, kappa=1.0, amount=self.target)
+    def edit(self, strength: float = 1.0) -> Edit:
+        """Sets <h', u> at every position: to zbar for strength 1 (the paper's), to its mean without the request for 0."""
+        amount = self.plain + strength * (self.target - self.plain)
+        return Affine(self.site, self.direction, kappa=1.0, amount=amount)
 
 
 def format_vector(
@@ -66,3 +69,25 @@ def format_vector(
         raise UserError(f"the request changes no state at {chosen}; choose a later site or another request")
     u = difference / length
     return FormatVector(chosen, u, float((asked @ u).mean()), float((plain @ u).mean()), len(instructions))
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """STEER-JSON on every prompt: an edit for a useful end that says nothing of refusal, and what it does to refusal all the same.
+
+    Learned from ordinary prompts of the fit split. Strength: how far the component is moved towards zbar, 1 the paper's.
+    """
+
+    name: ClassVar[str] = "steer_json"
+    label: ClassVar[str] = "Answer form: JSON"
+    source: ClassVar[str] = "Xiong et al., Steering Externalities, arXiv 2602.04896"
+    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0)
+
+    request: str = JSON_REQUEST
+    n_prompts: int = 64
+
+    def fit(self, material: Material) -> Fitted:
+        sets = [material.fit[name].texts for name in material.ordinary]
+        texts = [text for each in sets for text in each[: self.n_prompts // len(sets)]]
+        vector = format_vector(material.backend, material.template, texts, request=self.request)
+        return lambda strength: Treatment(vector.edit(strength))

@@ -22,10 +22,10 @@ from torch import Tensor
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
-from rsteer_interp.interventions import Displace, Everywhere
-from rsteer_interp.methods.rdo import ablation, stream_sites
+from rsteer_interp.methods.rdo import ablation, displacement
 from rsteer_interp.nulls import cosine, random_unit_vectors
 from rsteer_interp.pooling import pooled
+from rsteer_interp.statistics.draws import Beside
 from rsteer_interp.training import Descent, Loss, Trained, gram_schmidt, train
 
 
@@ -119,7 +119,7 @@ class RepInd:
 
 @dataclass(frozen=True)
 class Dependence:
-    """RepInd of two directions beside their cosine and its null; p is (1 + #{null >= value}) / (1 + draws).
+    """RepInd of two directions beside their cosine and its null; p one-sided, of `statistics.draws`.
 
     `there` and `back` are the two ways' mean squared changes at each block input.
     """
@@ -150,7 +150,7 @@ def dependence(
     for z in random_unit_vectors(n_random, len(r), seed):
         z = _across(z, r, u)
         null.append(sum(_displaced(one, taken, z, read) for taken, read in ((r, u), (u, r))))
-    p = (1 + sum(x >= value for x in null)) / (1 + n_random)
+    p = Beside.of(value, null).p("greater")
     return Dependence(cosine(r, u), value, tuple(layers[0].tolist()), tuple(layers[1].tolist()), tuple(null), p)
 
 
@@ -163,8 +163,7 @@ def _across(z: Tensor, r: Tensor, u: Tensor) -> Tensor:
 
 
 def _displaced(one: RepInd, taken: Tensor, z: Tensor, read: Tensor) -> float:
-    unit = (taken.double() / taken.double().norm()).float()
-    edit = Everywhere({site: Displace(site, unit, z.float()) for site in stream_sites(one.backend)})
+    edit = displacement(one.backend, taken, z)
     changes = [
         _cosines(plain, read) - _cosines(_states(one.backend, batch, one.sites, edit), read)
         for batch, plain in zip(one.batches, one.plain, strict=True)
@@ -172,32 +171,28 @@ def _displaced(one: RepInd, taken: Tensor, z: Tensor, read: Tensor) -> float:
     return float(torch.cat(changes).square().mean())
 
 
-def independent_directions(
+def independent_direction(
     backend: Backend,
-    starts: Float[Tensor, "n d"],
+    known: Sequence[Float[Tensor, " d"]],
+    start: Float[Tensor, " d"],
     loss: Loss,
     rows: Sequence[Tokens],
     descent: Descent | None = None,
     *,
     weight: float = 200.0,
     batch_size: int = 8,
-) -> list[Trained]:
-    """Refusal directions found one after another, each with `loss` plus weight * RepInd with every one found before.
+) -> Trained:
+    """A refusal direction trained with `loss` plus weight * RepInd with every known one, started orthogonal to them.
 
-    The paper's code has weight 200 and, in the loss of RDO, 0.1 for the KL in place of 1 (`rdo.Weights(same=0.1)`). Each
-    starts from its row of `starts`, made orthogonal to those found.
+    The paper's code has weight 200 and, in the loss of RDO, 0.1 for the KL in place of 1 (`rdo.Weights(same=0.1)`). Called again
+    with what it found, it gives the paper's sets of independent directions.
     """
-    found: list[Trained] = []
-    terms: list[RepInd] = []
+    terms = [RepInd.of(backend, rows, v, batch_size=batch_size) for v in known]
 
     def total(parameter: Float[Tensor, "1 d"], step: int) -> Iterator[Float[Tensor, ""]]:
         yield from loss(parameter, step)
         for term in terms:
             yield weight * term.loss(parameter[0], step)
 
-    for start in starts.double():
-        known = [trained.value[0] for trained in found]
-        basis = gram_schmidt(torch.stack([*known, start]))
-        found.append(train(basis[-1:], total, descent))
-        terms.append(RepInd.of(backend, rows, found[-1].value[0], batch_size=batch_size))
-    return found
+    basis = gram_schmidt(torch.stack([*(v.double() for v in known), start.double()]))
+    return train(basis[-1:], total, descent)

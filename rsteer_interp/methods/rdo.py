@@ -30,7 +30,7 @@ from rsteer_interp.batch import Batch, Tokens, length_groups
 from rsteer_interp.directions import Evidence, MeanDifference
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
-from rsteer_interp.interventions import Affine, Everywhere
+from rsteer_interp.interventions import Affine, Displace, Everywhere
 from rsteer_interp.measures import kl_divergence, refusal_log_odds
 from rsteer_interp.methods.base import Fitted, Material, Treatment
 from rsteer_interp.nulls import random_unit_vectors
@@ -56,6 +56,12 @@ def ablation(backend: Backend, r: Float[Tensor, " d"], kappa: float = 1.0) -> Ed
     other kappa would take away the rest block by block.
     """
     return Everywhere({site: Affine(site, r, kappa=kappa) for site in stream_sites(backend)})
+
+
+def displacement(backend: Backend, r: Float[Tensor, " d"], into: Float[Tensor, " d"]) -> Edit:
+    """h - <h, r> u where `ablation` has h - <h, r> r, u the unit vector along `into`: as large for every state that it meets."""
+    unit, other = (v.double() / v.double().norm() for v in (r, into))
+    return Everywhere({site: Displace(site, unit.float(), other.float()) for site in stream_sites(backend)})
 
 
 def mean_difference(material: Material, layer: int) -> Float[Tensor, " d"]:
@@ -192,7 +198,11 @@ class RDO:
         """The unit direction, in float64, with its losses."""
         loss, dim = self.loss(material)
         start = dim if self.start == "dim" else random_unit_vectors(1, len(dim), material.seed)[0]
-        return train(start[None], loss, Descent(steps=self.steps, lr=self.lr))
+        return train(start[None], loss, self.descent)
+
+    @property
+    def descent(self) -> Descent:
+        return Descent(steps=self.steps, lr=self.lr)
 
     def loss(self, material: Material) -> tuple[RefusalLoss, Float[Tensor, " d"]]:
         """L(r) on the material's fit split, and DIM."""

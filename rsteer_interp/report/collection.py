@@ -29,6 +29,7 @@ _STUDIES = (
     "patch_effects",
     "component_attribution",
     "refusal_geometry",
+    "refusal_cones",
     "steer",
     "random_audit",
     "embedding_noise",

@@ -102,7 +102,7 @@ def causal_curve(
         "p": p,
         "q": list(false_discovery(p)),
         "peak_layer": layers[int(effect.mean(0).argmax())],
-        "at_peak": asdict(Estimate.of(_held_out_peak(effect, subjects), clusters=subjects)),
+        "at_peak": asdict(Estimate.of(held_out_peak(effect, subjects), clusters=subjects)),
         "concentration": None,
         "null_effective_layers": _spread([_effective(row) for row in random.clamp(min=0) if bool((row > 0).any())]),
     }
@@ -111,7 +111,8 @@ def causal_curve(
     return out
 
 
-def _held_out_peak(effect: Float[Tensor, "prompt layer"], subjects: Clusters) -> list[float]:
+def held_out_peak(effect: Float[Tensor, "prompt layer"], subjects: Clusters = None) -> list[float]:
+    """Every prompt's effect at the layer that is best for the prompts of other subjects."""
     member = torch.from_numpy(membership(range(len(effect)) if subjects is None else subjects))
     own = torch.zeros(int(member.max()) + 1, effect.shape[1]).to(effect).index_add(0, member, effect)
     others = effect.sum(0) - own[member]

@@ -62,21 +62,22 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     base = torch.stack([t["base"] for t in found]).double()  # pair, (refused, answered)
     change = torch.stack([t["patched"] for t in found]).double() - base[:, :, None, None]
     gaps = [base[:, 1] - base[:, 0], base[:, 0] - base[:, 1]]
-    gap = Estimate.of(gaps[1].tolist())
+    subjects = [report.subjects[pair.refused] for pair in pairs]
+    gap = Estimate.of(gaps[1].tolist(), clusters=subjects)
     if gap.low <= 0:
         raise NotApplicable(
             f"not applicable: refused prompts do not have higher refusal log-odds than answered ones of equal length "
             f"(difference {gap.value:.2g} nats, {gap.low:.2g} to {gap.high:.2g}, n = {gap.n} pairs)"
         )
-    maps = [patch_map(change[:, i], gaps[i], config.seed) for i in range(len(INTO))]
+    maps = [patch_map(change[:, i], gaps[i], config.seed, subjects=subjects) for i in range(len(INTO))]
     control(maps)
     cells = [(site, span) for site in sites for span in range(len(spans))]
     for i, into in enumerate(maps):
-        into["best_writes"] = _best_writes(change[:, i, 0], gaps[i], cells, len(spans) - 1)
+        into["best_writes"] = _best_writes(change[:, i, 0], gaps[i], cells, len(spans) - 1, subjects)
         early, late = (
             change[:, i, 0][:, [cells.index((Site(layer), span)) for layer in layers]] for span in (0, len(spans) - 1)
         )
-        into["hand_over"] = hand_over(early, late, gaps[i], layers, config.seed)
+        into["hand_over"] = hand_over(early, late, gaps[i], layers, config.seed, subjects=subjects)
     data = {
         "base_rates": study.rates("report", POLITICAL, MATCHED),
         "refusal_tokens": [study.backend.tokenizer.decode([t]) for t in tokens],
@@ -132,14 +133,18 @@ def patch_pair(
 
 
 def _best_writes(
-    change: Float[Tensor, "pair cell"], gap: Float[Tensor, " pair"], cells: list[tuple[Site, int]], last: int
+    change: Float[Tensor, "pair cell"],
+    gap: Float[Tensor, " pair"],
+    cells: list[tuple[Site, int]],
+    last: int,
+    subjects: list[str],
 ) -> list[dict[str, Any]]:
     """For attention and for MLPs, the block whose output at the last token carries most, with its held-out share."""
     out = []
     for point in _POINTS[1:]:
         chosen = [i for i, (site, span) in enumerate(cells) if site.point == point and span == last]
         if chosen:
-            best, share = held_out_best(change[:, chosen], gap)
+            best, share = held_out_best(change[:, chosen], gap, subjects)
             out.append({"point": point, "layer": cells[chosen[best]][0].layer, "cell": chosen[best], **asdict(share)})
     return out
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from rsteer_interp.errors import UserError
-from rsteer_interp.methods import METHODS, Examples, Material, Method
+from rsteer_interp.methods import METHODS, Method
 from rsteer_interp.prompts import Prompt, Split, load_prompts
+from rsteer_interp.studies.material import material_of
 from rsteer_interp.studies.method_comparison.equal_dose import equal_dose
 from rsteer_interp.studies.method_comparison.outcomes import (
     against,
@@ -49,7 +50,8 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
                 f"not applicable: {refused} of {len(study.replies(split, config.keep).refused)} {split} prompts of "
                 f"'{config.keep}' are refused, too few to see whether refusal of them is kept"
             )
-    reading = Reading(study, material_of(study, config))
+    sets = (config.remove, config.contrast, config.keep, config.ordinary)
+    reading = Reading(study, material_of(study, *sets, protected_prompts(study, config)))
     rows = {name: measure(study, config, reading, METHODS[name]()) for name in names}
     rows = {
         name: row | own_checks(study, config, reading, METHODS[name](), row["best"]["strength"])
@@ -68,29 +70,6 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         "names": {"remove": config.remove, "keep": config.keep, "watch": list(config.watch)},
     }
     return {**data, "finding": finding(data)}, None
-
-
-def material_of(study: Study, config: Config) -> Material:
-    """The fit and select splits as methods see them."""
-
-    def examples(split: Any, name: str) -> Examples:
-        scored = study.scored(split, name)
-        return Examples(scored.texts, scored.confidence, study.states(split, name))
-
-    sets = (config.remove, config.contrast, config.keep, *config.ordinary)
-    return Material(
-        study.backend,
-        study.template,
-        study.refusal_tokens,
-        {name: examples("fit", name) for name in sets},
-        {name: examples("select", name) for name in sets},
-        config.remove,
-        config.contrast,
-        config.keep,
-        config.ordinary,
-        config.seed,
-        protected_prompts(study, config),
-    )
 
 
 def protected_prompts(study: Study, config: Config) -> tuple[str, ...]:
