@@ -1,6 +1,6 @@
 """The controls of a steering configuration, wherever it comes from: its dose, its effect beside random edits, its side effects.
 
-effect = mean change of the first-token refusal log-odds of prompts, in nats
+effect = mean change of the first-token refusal log-odds of prompts, in nats; refused = share by judged replies
 null   = the same for edits that move every state as far, at the same sites and positions, along random directions
 dose   = |edit| / |resid|;  side effect = KL(base || steered) per token of benign answers
 """
@@ -20,8 +20,12 @@ from rsteer_interp.batch import Tokens
 from rsteer_interp.equal_norm import Redirected
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds_of_each
+from rsteer_interp.judges.base import Judge
 from rsteer_interp.nulls import random_unit_vectors
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.prompts import Prompt
+from rsteer_interp.reader import Validation, validation_of
+from rsteer_interp.refusal_scores import replies_of_each
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.steering import Steering
 
 
@@ -30,7 +34,8 @@ class Controls:
     """What stands beside a steering configuration. Log-odds in nats; `z` and `p` compare the effect with the null's edits.
 
     p = (1 + #{|null| >= |effect|}) / (1 + N), two-sided. `as_stated`: whether the effect has the sign that the configuration's
-    amounts state (towards refusal up, away from it down); None where the amounts have both signs.
+    amounts state (towards refusal up, away from it down); None where the amounts have both signs. `refused` before and after is by
+    judged replies, and `read_out` says how well log-odds tell those under this configuration.
     """
 
     dose: float
@@ -38,6 +43,8 @@ class Controls:
     effect: Estimate
     null: tuple[float, ...]
     kl: Estimate
+    refused: tuple[Rate, Rate]
+    read_out: Validation
     towards_refusal: bool | None = None
 
     @property
@@ -56,7 +63,8 @@ class Controls:
 
     def record(self) -> dict[str, Any]:
         """Everything as plain values."""
-        return asdict(self) | {"z": self.z, "p": self.p, "as_stated": self.as_stated}
+        plain = {"z": self.z, "p": self.p, "as_stated": self.as_stated, "read_out": self.read_out.data()}
+        return asdict(self) | plain
 
     def table(self) -> Table:
         low, high = np.quantile(self.null, [0.025, 0.975])
@@ -72,6 +80,9 @@ class Controls:
         table.add_row(f"the same, {len(self.null)} random edits of equal norm", f"{low:.3g} to {high:.3g}")
         table.add_row("z, two-sided p", f"{self.z:.2f}, {self.p:.3f}")
         table.add_row("effect has the stated sign", said)
+        table.add_row("refused before, after (judged)", f"{self.refused[0]}, {self.refused[1]}")
+        valid = "" if self.read_out.valid else "; not validated as a measure of refusal"
+        table.add_row("log-odds against judged replies, steered", f"{self.read_out}{valid}")
         table.add_row("KL on benign answers (nats per token)", str(self.kl))
         return table
 
@@ -79,24 +90,33 @@ class Controls:
 def controls(
     backend: Backend,
     steering: Steering,
-    refused: Sequence[Tokens],
+    prompts: Sequence[Prompt],
     benign: Sequence[Tokens],
     token_ids: Sequence[int],
+    judge: Judge,
     *,
     n_random: int = 20,
+    tokens: int = 24,
     seed: int = 0,
 ) -> Controls:
-    """Controls on prompts that the model refuses and benign conversations (rows with answers), with `n_random` null edits."""
+    """Controls on prompts that the model refuses and benign conversations (rows with answers), with `n_random` null edits and
+    judged replies of up to `tokens` tokens."""
     edit = steering.edit()
     if edit is None:
         raise UserError("this configuration adds nothing (alpha is 0), so there is nothing to check")
     if n_random < 2:
         raise UserError(f"{n_random} random edits make no null; give two or more")
+    texts, subjects = [prompt.prompt for prompt in prompts], [prompt.subject for prompt in prompts]
+    refused = backend.template().encode_all(texts)
     states = last_states(backend, refused, list(steering.sites))
     draws = random_unit_vectors(n_random * steering.k, backend.d_model, seed).view(n_random, steering.k, -1)
     nulls = [Redirected(edit, dict(zip(steering.sites, units, strict=True))) for units in draws]
     base, *moved = log_odds_of_each(backend, refused, token_ids, [None, edit, *nulls])
     effect, *null = (odds - base for odds in moved)
+    before, after = replies_of_each(
+        backend, refused, texts, judge, [None, edit], max_new_tokens=tokens, refusal_tokens=token_ids
+    )
+    rates = [Rate.of([r.verdict.refused for r in replies], clusters=subjects) for replies in (before, after)]
     signs = {amount > 0 for amount in steering.amounts.values()}
     return Controls(
         dose=steering.dose(states),
@@ -104,6 +124,8 @@ def controls(
         effect=Estimate.of(effect.numpy(), seed=seed),
         null=tuple(float(change.mean()) for change in null),
         kl=Estimate.of(answer_effects(backend, benign, edit).kl.numpy(), seed=seed),
+        refused=(rates[0], rates[1]),
+        read_out=validation_of(steering.method, after, subjects),
         towards_refusal=signs.pop() if len(signs) == 1 else None,
     )
 
