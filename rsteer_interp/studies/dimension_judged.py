@@ -112,7 +112,7 @@ def _replies(inputs: Inputs, basis: Basis, k: int, turned: bool, edit: Callable[
     layer = inputs.shared_site.layer if basis == "layer" else None
     key = inputs.key(basis, k, turned, layer) | {
         "judged": texts,
-        "judge": study.judge.name,
+        "judge": study.judge,
         "longest": inputs.config.tokens,
     }
     name = f"5_judged_{basis}_{k}{'_turned' if turned else ''}"

@@ -57,7 +57,7 @@ def judged_subsample(
         return {"checks": checks}, None
 
     whole = {**key, "judged": list(prompts), "kinds": {kind: len(edits) for kind, edits in kinds.items()}}
-    whole |= {"longest": study.config.tokens, "judge": study.judge.name, "openings": study.refusal_tokens}
+    whole |= {"longest": study.config.tokens, "judge": study.judge, "openings": study.refusal_tokens}
     checks: dict[str, dict[str, Any]] = study.stage(stage, whole, compute).data["checks"]
     return checks
 

@@ -126,7 +126,7 @@ def _directions(study: Study, config: Config) -> dict[str, Tensor]:
         s: {name: x.texts for name, x in part.items()}
         for s, part in (("fit", material.fit), ("select", material.select))
     }
-    key = {"sets": sets, "prompts": prompts, "method": repr(method), "dimension": config.dimension, "seed": config.seed}
+    key = {"sets": sets, "prompts": prompts, "method": method, "dimension": config.dimension, "seed": config.seed}
     return dict(study.stage("1_directions", {**key, "tokens": study.refusal_tokens}, compute).tensors)
 
 
