@@ -23,7 +23,7 @@ from rsteer_interp.directions import (
     WeightedRidgeMeanDifference,
     fit_directions,
 )
-from rsteer_interp.directions.base import MIN_NEUTRAL
+from rsteer_interp.directions.evidence import MIN_NEUTRAL
 from rsteer_interp.directions.ridge import ridge_solve
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments

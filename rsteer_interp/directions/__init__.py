@@ -1,19 +1,42 @@
 """Direction estimators by their command-line names; a new one is a file in this folder and a line in ESTIMATORS."""
 
-from rsteer_interp.directions.base import Direction, DirectionEstimator, Evidence, fit_directions
-from rsteer_interp.directions.mean_difference import MeanDifference, WeightedMeanDifference
+from rsteer_interp.directions.base import Direction, DirectionEstimator, fit_directions, is_weighted
+from rsteer_interp.directions.evidence import CannotFit, Evidence
+from rsteer_interp.directions.mean_difference import MeanDifference, PlainWeightedMeanDifference, WeightedMeanDifference
 from rsteer_interp.directions.random import RandomDirection
 from rsteer_interp.directions.ridge import RidgeMeanDifference, WeightedRidgeMeanDifference
+from rsteer_interp.directions.ridge_variants import (
+    LedoitWolfRidge,
+    LeftOutRidge,
+    LiteralRidge,
+    PooledRidge,
+    WeightedLedoitWolfRidge,
+    WeightedLeftOutRidge,
+)
+
+PAPER = ("md", "wmd", "rmd", "wrmd")  # the four of Refusal Steering
 
 ESTIMATORS: dict[str, type[DirectionEstimator]] = {
-    "md": MeanDifference,
-    "wmd": WeightedMeanDifference,
-    "rmd": RidgeMeanDifference,
-    "wrmd": WeightedRidgeMeanDifference,
+    estimator.name: estimator
+    for estimator in (
+        MeanDifference,
+        WeightedMeanDifference,
+        RidgeMeanDifference,
+        WeightedRidgeMeanDifference,
+        PlainWeightedMeanDifference,
+        PooledRidge,
+        LiteralRidge,
+        LedoitWolfRidge,
+        WeightedLedoitWolfRidge,
+        LeftOutRidge,
+        WeightedLeftOutRidge,
+    )
 }
 
 __all__ = [
     "ESTIMATORS",
+    "PAPER",
+    "CannotFit",
     "Direction",
     "DirectionEstimator",
     "Evidence",
@@ -23,4 +46,5 @@ __all__ = [
     "WeightedMeanDifference",
     "WeightedRidgeMeanDifference",
     "fit_directions",
+    "is_weighted",
 ]

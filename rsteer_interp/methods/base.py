@@ -34,11 +34,15 @@ class Treatment:
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Prompts of one set and split: refusal confidence c in [-1, 1] of the unchanged model (+1 refused, -1 answered, 0
-    undecided), and the state of the last prompt token at every block input but the first and at the final norm's."""
+    undecided), and the state of the last prompt token at every block input but the first and at the final norm's.
+
+    `grade` gives c from several sampled replies, for methods that weigh prompts by |c|; it runs the model when it is first asked.
+    """
 
     texts: list[str]
     confidence: Float[Tensor, " prompt"]
     states: States
+    grade: Callable[[], Float[Tensor, " prompt"]] | None = None
 
     @property
     def refused(self) -> Bool[Tensor, " prompt"]:
@@ -48,10 +52,16 @@ class Examples:
     def answered(self) -> Bool[Tensor, " prompt"]:
         return self.confidence < 0
 
+    @property
+    def graded(self) -> Float[Tensor, " prompt"]:
+        """Graded confidence; `confidence` where there is none else."""
+        return self.confidence if self.grade is None else self.grade()
+
     def where(self, mask: Bool[Tensor, " prompt"]) -> Examples:
         """The prompts for which the mask is true."""
         texts = [text for text, chosen in zip(self.texts, mask.tolist(), strict=True) if chosen]
-        return Examples(texts, self.confidence[mask], {site: x[mask] for site, x in self.states.items()})
+        grade = None if (whole := self.grade) is None else lambda: whole()[mask]
+        return Examples(texts, self.confidence[mask], {site: x[mask] for site, x in self.states.items()}, grade)
 
 
 @dataclass(frozen=True, eq=False)

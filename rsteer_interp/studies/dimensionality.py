@@ -24,7 +24,7 @@ QUESTION = "How many dimensions carry refusal?"
 WORDS = {
     "pairs": "paired differences",
     "subjects": "differences inside subjects",
-    "ridge": "weighted ridge",
+    "ridge": "ridge",
     "topics": "topics of answered prompts",
     "covariance": "random, covariance of answered",
 }

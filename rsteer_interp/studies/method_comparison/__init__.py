@@ -9,10 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Float
 from rich.table import Table
+from torch import Tensor
 
+from rsteer_interp.directions import CannotFit
 from rsteer_interp.errors import UserError
 from rsteer_interp.methods import METHODS, Examples, Material, Method
 from rsteer_interp.prompts import Prompt, Split, load_prompts
@@ -50,7 +54,12 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
                 f"'{config.keep}' are refused, too few to see whether refusal of them is kept"
             )
     reading = Reading(study, material_of(study, config))
-    rows = {name: measure(study, config, reading, METHODS[name]()) for name in names}
+    rows, left_out = {}, {}
+    for name in names:
+        try:
+            rows[name] = measure(study, config, reading, METHODS[name]())
+        except CannotFit as reason:
+            left_out[name] = str(reason)
     rows = {
         name: row | own_checks(study, config, reading, METHODS[name](), row["best"]["strength"])
         for name, row in rows.items()
@@ -58,6 +67,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     leader = max(rows, key=lambda name: rows[name]["select_score"])
     data = {
         "methods": rows,
+        "left_out": left_out,
         "null": NULL,
         "leader": leader,
         "against_null": against({n: r["own_best"] for n, r in rows.items()}, NULL),
@@ -76,7 +86,8 @@ def material_of(study: Study, config: Config) -> Material:
 
     def examples(split: Any, name: str) -> Examples:
         scored = study.scored(split, name)
-        return Examples(scored.texts, scored.confidence, study.states(split, name))
+        grade = partial(_graded, study, split, name)
+        return Examples(scored.texts, scored.confidence, study.states(split, name), grade)
 
     sets = (config.remove, config.contrast, config.keep, *config.ordinary)
     return Material(
@@ -91,6 +102,10 @@ def material_of(study: Study, config: Config) -> Material:
         config.ordinary,
         config.seed,
     )
+
+
+def _graded(study: Study, split: Split, name: str) -> Float[Tensor, " prompt"]:
+    return study.graded(split, name).confidence
 
 
 def measure(study: Study, config: Config, reading: Reading, method: Method) -> dict[str, Any]:
@@ -238,6 +253,8 @@ def tables(data: dict[str, Any]) -> list[Table]:
             f"{row['cost']['fit_seconds']:.0f}",
             str(row["cost"]["fit_prompts"]),
         )
+    for name, reason in data["left_out"].items():
+        own_best.add_row(METHODS[name].label, f"not applicable: {reason}")
     return [own_best, beside, *_checks(data)]
 
 
