@@ -57,6 +57,27 @@ def test_the_auc_interval_covers_the_truth(shift: float) -> None:
     assert 180 <= covered <= 200
 
 
+def test_over_clusters_the_auc_and_kappa_cover_where_items_do_not() -> None:
+    """Subjects with refused and answered prompts whose scores share what the subject adds; kappa of copies is that of one each."""
+    rng, subject = np.random.default_rng(1), np.repeat(np.arange(16), 6)
+    truth, hits, naive = stats.norm.cdf(1 / np.sqrt(1 + 1 + 4 + 4)), 0, 0
+    for _ in range(300):
+        y = np.repeat(rng.permutation(16) < 8, 6)  # a subject's prompts are refused, or answered
+        s = rng.normal(0, 2, 16)[subject] + rng.normal(size=96) + y
+        found, plain = auc_estimate(s, y, clusters=subject), auc_estimate(s, y)
+        assert found is not None and plain is not None
+        hits += found.low <= truth <= found.high
+        naive += plain.low <= truth <= plain.high
+    assert hits / 300 > 0.92 and naive / 300 < 0.85
+    judge, reference = rng.random(60) < 0.5, rng.random(60) < 0.5
+    once = Agreement.of(judge, reference)
+    copies = Agreement.of(judge.repeat(9), reference.repeat(9), clusters=np.arange(60).repeat(9))
+    assert once.kappa is not None and copies.kappa is not None
+    assert copies.kappa.high - copies.kappa.low == pytest.approx(once.kappa.high - once.kappa.low, rel=0.1)
+    perfect = auc_estimate([0.0] * 40 + [1.0] * 40, [False] * 40 + [True] * 40, clusters=np.repeat(np.arange(8), 10))
+    assert perfect is not None and perfect.high == 1 and perfect.low < 0.8  # as of eight items
+
+
 def test_undefined_values_are_none() -> None:
     same = Agreement.of([True] * 5, [True] * 5, [0.5] * 5)
     assert (same.kappa, same.auc) == (None, None)

@@ -47,6 +47,12 @@ def percentiles(draws: ArrayLike, confidence: float = 0.95) -> tuple[NDArray[np.
     return low, high
 
 
+def upper(draws: ArrayLike, level: float = 0.95) -> NDArray[np.float64]:
+    """The quantile of draws along the first axis that a one-sided test at 1 - level must exceed, of the shape of a draw."""
+    found: NDArray[np.float64] = np.quantile(np.asarray(draws, dtype=float), level, axis=0)
+    return found
+
+
 def next_draw(draws: ArrayLike, confidence: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Student's interval for one more draw of a normal null: mean +- t sd sqrt(1 + 1/N), along the first axis.
 

@@ -78,7 +78,7 @@ def ablation(
     study: Study,
     reader: Reader,
     fit: Scored,
-    texts: dict[str, list[str]],
+    asked: dict[str, Scored],
     chosen: list[Head],
     draws: list[list[Head]],
     tokens: tuple[int, ...],
@@ -97,9 +97,9 @@ def ablation(
     found = study.stage("3_means", shared, mean).tensors
     means = {site: found[str(site)] for site in sites}
     out = {}
-    for name, prompts in texts.items():
+    for name, scored in asked.items():
 
-        def compute(name: str = name, prompts: list[str] = prompts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        def compute(name: str = name, prompts: list[str] = scored.texts) -> tuple[dict[str, Any], dict[str, Tensor]]:
             odds = []
             with progress(f"ablating heads, {name}", len(prompts)) as advance:
                 for row in study.template.encode_all(prompts):
@@ -107,10 +107,11 @@ def ablation(
                     advance(1)
             return {}, {"log_odds": torch.stack(odds)}
 
-        key = {**shared, "prompts": prompts, "draws": draws, "tokens": tokens}
+        key = {**shared, "prompts": scored.texts, "draws": draws, "tokens": tokens}
         odds = study.stage(f"3_ablate_{name}", key, compute).tensors["log_odds"].double()
         removed = odds[:, :1] - odds[:, 1:]
-        out[name] = against_random(removed[:, 0], removed[:, 1:]) | {"base": asdict(Estimate.of(odds[:, 0].tolist()))}
+        base = Estimate.of(odds[:, 0].tolist(), clusters=scored.subjects)
+        out[name] = against_random(removed[:, 0], removed[:, 1:], scored.subjects) | {"base": asdict(base)}
     return out
 
 
@@ -118,7 +119,7 @@ def attention(
     study: Study,
     reader: Reader,
     example: str,
-    texts: list[str],
+    asked: Scored,
     chosen: list[Head],
     draws: list[list[Head]],
     n_heads: dict[int, int],
@@ -129,20 +130,20 @@ def attention(
 
     def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
         masses = []
-        with progress("reading attention", len(texts)) as advance:
-            for row in study.template.encode_all(texts):
+        with progress("reading attention", len(asked.texts)) as advance:
+            for row in study.template.encode_all(asked.texts):
                 masses.append(mass_by_span(reader.backend().attention(row, pool), (row.prefix, row.instruction)))
                 advance(1)
         return {}, {"mass": torch.stack(masses), "example": reader.backend().attention(shown, chosen)}
 
-    found = study.stage("4_attention", {"prompts": texts, "heads": chosen, "example": list(shown.ids)}, compute).tensors
+    found = study.stage("4_attention", {"prompts": asked.texts, "heads": chosen, "example": list(shown.ids)}, compute).tensors
     mass = found["mass"].double()
 
     def of(heads: list[Head], span: int) -> Float[Tensor, " prompt"]:
         return mass[:, [pool.index(head) for head in heads], span].mean(1)
 
     spans = {
-        name: against_random(of(chosen, i), torch.stack([of(draw, i) for draw in draws], 1))
+        name: against_random(of(chosen, i), torch.stack([of(draw, i) for draw in draws], 1), asked.subjects)
         for i, name in enumerate(SPANS)
     }
     return {
@@ -152,5 +153,5 @@ def attention(
         "tokens": [study.backend.tokenizer.decode([t]) for t in shown.ids],
         "ends": [shown.prefix, shown.instruction],
         "pattern": found["example"].tolist(),
-        "n": len(texts),
+        "n": len(asked.texts),
     }

@@ -65,13 +65,12 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             select.confidence,
             _project(of_method, states["report"]),
             report.confidence,
-            report.sets,
+            report.groups,
             config.seed,
         )
         for method, of_method in units.items()
     }
-    texts = [report.texts[i] for i in report.refusing[: config.refusing]]
-    causal = _causal(study, config, units[config.methods[0]], fit, texts, evidence)
+    causal = _causal(study, config, units[config.methods[0]], fit, report, evidence)
     data = {
         "base_rates": study.rates("report", *SETS),
         "n_fit": fit_counts(fit),
@@ -97,10 +96,12 @@ def _causal(
     config: Config,
     units: dict[Site, Tensor],
     fit: Scored,
-    texts: list[str],
+    report: Scored,
     evidence: dict[Site, Evidence],
 ) -> dict[str, Any]:
     backend, tokens = study.backend, study.refusal_tokens
+    refusing = report.refusing[: config.refusing]
+    texts, subjects = ([each[i] for i in refusing] for each in (report.texts, report.subjects))
     rows, sites = study.template.encode_all(texts), [s for s in units if s.layer < backend.n_layers]
     key = {name: getattr(config, name) for name in _CAUSAL} | {
         "method": config.methods[0],
@@ -135,8 +136,11 @@ def _causal(
         "n_random": config.random,
         "dose": config.dose,
         "null": config.null,
-        "base_log_odds": asdict(Estimate.of(start["log_odds"])),
-        **{edit: causal_curve(x[i, 0], x[i, 1:].mean(1), layers, backend.n_layers) for i, edit in enumerate(EDITS)},
+        "base_log_odds": asdict(Estimate.of(start["log_odds"], clusters=subjects)),
+        **{
+            edit: causal_curve(x[i, 0], x[i, 1:].mean(1), layers, backend.n_layers, subjects)
+            for i, edit in enumerate(EDITS)
+        },
     }
 
 
@@ -164,7 +168,7 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
         parts.append(
             f"Read-out of {method.upper()} at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} "
             f"({r['low']:.2f} to {r['high']:.2f}, n = {r['n']}), {null}p of the maximum {read['p_max']:.2g}; "
-            f"inside sets p = {read['within_set_p_max']:.2g}."
+            f"inside subjects, where topic cannot help, p = {read['within_subject_p_max']:.2g} (n = {read['within_subject_n']})."
         )
     first = data["methods"][0].upper()
     for edit, words in (("ablate", f"Ablating {first}"), ("add", f"Adding -{causal['dose']:g} |resid| of {first}")):
@@ -190,7 +194,7 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
 def tables(data: dict[str, Any]) -> list[Table]:
     """Concentration of every curve."""
     causal, readouts = data["causal"], data["readouts"]
-    table = Table(title=f"Where refusal concentrates, {data['model']['name']} (95 % intervals over prompts)")
+    table = Table(title=f"Where refusal concentrates, {data['model']['name']} (95 % intervals over subjects)")
     for column in ("", "n", "effective layers", "under the null", "Gini", "peak depth", "centre depth"):
         table.add_column(column)
     for name, curve, n in (
