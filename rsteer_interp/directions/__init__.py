@@ -1,5 +1,7 @@
 """Direction estimators by their command-line names; a new one is a file in this folder and a line in ESTIMATORS."""
 
+from collections.abc import Sequence
+
 from rsteer_interp.directions.base import Direction, DirectionEstimator, fit_directions, is_weighted
 from rsteer_interp.directions.evidence import CannotFit, Evidence
 from rsteer_interp.directions.mean_difference import MeanDifference, PlainWeightedMeanDifference, WeightedMeanDifference
@@ -13,6 +15,7 @@ from rsteer_interp.directions.ridge_variants import (
     WeightedLedoitWolfRidge,
     WeightedLeftOutRidge,
 )
+from rsteer_interp.errors import UserError
 
 PAPER = ("md", "wmd", "rmd", "wrmd")  # the four of Refusal Steering
 
@@ -33,6 +36,14 @@ ESTIMATORS: dict[str, type[DirectionEstimator]] = {
     )
 }
 
+
+def checked_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, if they are different ones of ESTIMATORS and at least one; else UserError."""
+    if not names or len(set(names)) < len(names) or not set(names) <= set(ESTIMATORS):
+        raise UserError(f"--methods are different names out of {', '.join(ESTIMATORS)}, at least one")
+    return tuple(names)
+
+
 __all__ = [
     "ESTIMATORS",
     "PAPER",
@@ -45,6 +56,7 @@ __all__ = [
     "RidgeMeanDifference",
     "WeightedMeanDifference",
     "WeightedRidgeMeanDifference",
+    "checked_methods",
     "fit_directions",
     "is_weighted",
 ]

@@ -173,7 +173,7 @@ class Evidence:
         return {name: moments.count for name, moments in groups.items()}
 
 
-def check(evidence: Evidence, site: Site) -> None:
+def check(evidence: Evidence, site: Site | None) -> None:
     """UserError when a class is empty or a statistic is not finite; names the class, its n and the remedy."""
     band = evidence.neutral_band
     for name, moments, sign in (("refusing", evidence.refusing, "> "), ("complying", evidence.complying, "< -")):

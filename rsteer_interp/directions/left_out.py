@@ -116,7 +116,7 @@ def _centred(values: Float[Tensor, "*k n"], member: Int[Tensor, " n"]) -> Float[
 def chosen_penalty(
     evidence: Evidence, penalties: Sequence[float], *, pooled: bool = False, weighted: bool = False
 ) -> float:
-    """The penalty whose left-out directions discriminate best inside subjects; the largest of equals.
+    """The penalty whose left-out directions discriminate best inside subjects.
 
     CannotFit where fewer than two subjects have both refused and answered prompts.
     """

@@ -212,7 +212,9 @@ def _range(values: Sequence[float]) -> str:
 def tables(data: dict[str, Any]) -> list[Table]:
     """One row per method, best on select first."""
     names = data["names"]
-    own_best = Table(title="Every method at its own best strength (report, judged replies)")
+    reasons = [f"{METHODS[name].label} is not applicable: {reason}." for name, reason in data["left_out"].items()]
+    title = "Every method at its own best strength (report, judged replies)"
+    own_best = Table(title=title, caption=" ".join(reasons) or None, caption_justify="left")
     for column in (
         "method",
         "strength",
@@ -253,8 +255,6 @@ def tables(data: dict[str, Any]) -> list[Table]:
             f"{row['cost']['fit_seconds']:.0f}",
             str(row["cost"]["fit_prompts"]),
         )
-    for name, reason in data["left_out"].items():
-        own_best.add_row(METHODS[name].label, f"not applicable: {reason}")
     return [own_best, beside, *_checks(data)]
 
 
