@@ -3,8 +3,9 @@
 Refusal Steering (arXiv 2512.16602), in the paper's order; every step is a result folder and is not redone when present:
 
     1 scores      K sampled replies per prompt, judged: refusal confidence c(x); refusal-opening tokens from the replies
-    2 directions  MD, WMD, RMD, WRMD (every registered estimator) at every block input, from last-prompt-token states; layer scores with their nulls
-    3 finder      per method, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift
+    2 directions  every registered estimator at every block input, from last-prompt-token states; layer scores with their nulls; how
+                  repeatable each direction is over halves of the subjects. The figures draw the steered method that is most so
+    3 finder      per method of --methods, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift
     4 evaluation  base and steered greedy replies on prompts that nothing was fitted or chosen on
     5 answers     shift and KL of every method on benign conversations that the finder did not use
     6 table, figures and one HTML page
@@ -41,6 +42,8 @@ class Config:
     """Most rows at once; halved when memory runs out. Below float32 results move with it: steps kept at another are run again."""
     seed: int = 0
     """Seed of prompt samples, sampled replies and nulls."""
+    methods: tuple[str, ...] = ("md", "wmd", "rmd", "wrmd")
+    """Estimators that get a setting, a row and steered replies: the paper's four, or rmd_loso, rmd_lw, wrmd_literal, ..."""
     target: float = 1.3
     """Removal target: mean fall of c(x) (from -1 to 1) over refusing prompts that the finder must reach."""
     trust_remote_code: bool = False

@@ -26,7 +26,7 @@ CONTRASTS = {
 FAMILIES = {
     "pairs": (colour("refusing"), "o", "paired differences"),
     "subjects": (colour("md"), "s", "inside subjects"),
-    "ridge": (colour("wrmd"), "v", "weighted ridge"),
+    "ridge": (colour("rmd"), "v", "ridge"),
 }
 
 

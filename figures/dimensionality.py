@@ -35,7 +35,7 @@ KIND = "dimensionality"
 LOOKS = {  # colour, marker, line, words
     "pairs": (colour("refusing"), "o", "-", "paired differences"),
     "subjects": (colour("md"), "s", "-", "differences inside subjects"),
-    "ridge": (colour("wrmd"), "v", "-", "weighted ridge"),
+    "ridge": (colour("rmd"), "v", "-", "ridge"),
     "topics": (colour("neutral"), "^", "--", "topics of answered prompts"),
     "covariance": (colour("neutral"), "x", ":", "random, covariance of answered prompts"),
 }

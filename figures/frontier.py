@@ -12,7 +12,7 @@ from typing import Any
 
 from rsteer_interp.report.drawing import FigureConfig, figure_main
 from rsteer_interp.report.schema import HARMFUL, POLITICAL, Configuration, Rate, Reproduced, Row
-from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
+from rsteer_interp.style import DOUBLE, Drawing, colour, marker, method_label, style
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _handles(methods: list[str], tried: list[Configuration]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     out = [Line2D([], [], ls="", marker=marker("base"), color=colour("base"), label="base")]
-    out += [Line2D([], [], ls="", marker=marker(m), color=colour(m), label=m.upper()) for m in methods]
+    out += [Line2D([], [], ls="", marker=marker(m), color=colour(m), label=method_label(m)) for m in methods]
     out.append(Line2D([], [], ls="", marker="o", ms=8, mfc="none", mec=colour("ink"), label="chosen"))
     if any(c.meets_target is False for c in tried if not c.null):
         out.append(Line2D([], [], ls="", marker="s", mfc="none", mec=colour("neutral"), label="misses target"))

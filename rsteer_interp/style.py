@@ -112,6 +112,11 @@ def marker(name: str) -> str:
     return MARKERS.get(_meaning(name)) or _SPARE_MARKERS[crc32(name.encode()) % len(_SPARE_MARKERS)]
 
 
+def method_label(method: str) -> str:
+    """A method's name as tables and figures print it."""
+    return method.upper().replace("_", " ")
+
+
 def _meaning(name: str) -> str:
     known = {"political_sensitive": "political", "political_matched": "matched", "harmless_matched": "matched"}
     return known.get(name, name)

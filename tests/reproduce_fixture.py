@@ -65,13 +65,31 @@ def _density(rng: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
     null = np.sort(np.abs(null / np.linalg.norm(null, axis=1, keepdims=True)), axis=1)[:, ::-1]
     shares = null[:, :10].sum(1) / null.sum(1)
     data = {
-        "layer": 16, "method": "wrmd", "sorted_abs": size[:500], "null_mean": null.mean(0)[:500],
+        "layer": 16, "method": "wmd", "sorted_abs": size[:500], "null_mean": null.mean(0)[:500],
         "null_low": np.quantile(null, 0.025, axis=0)[:500], "null_high": np.quantile(null, 0.975, axis=0)[:500],
         "top10_share": size[:10].sum() / size.sum(),
         "null_top10": {"mean": shares.mean(), "low": np.quantile(shares, 0.025), "high": np.quantile(shares, 0.975)},
         "grid": {"rows": 29, "columns": 31}, "participation_ratio": 1 / (WIDTH * (vector**4).sum()),
     }  # fmt: skip
     return data, torch.tensor(vector, dtype=torch.float32)
+
+
+def _directions() -> dict[str, Any]:
+    """One diagnosis per method; the ridges lie in the null space and their halves hardly agree."""
+    halves = {"md": 0.77, "wmd": 0.79, "rmd": 0.22, "wrmd": 0.25}
+    return {
+        method: {
+            "layer": 16, "counts": {"refusing": 108, "complying": 96, "neutral": 4}, "d": WIDTH,
+            "null_space_share": 0.9996 if "rmd" in method else 0.08,
+            "effective_rank": 14.2 if "rmd" in method else None, "relative_penalty": 0.04 if "rmd" in method else None,
+            "split_half": {"value": value, "low": value - 0.1, "high": value + 0.08},
+            "split_half_topic": {"value": 0.6 * value, "low": 0.4 * value, "high": 0.8 * value},
+            "n_splits": 20, "cosine_md": 0.3 if "rmd" in method else 0.93, "cosine_null": 0.065,
+            "cosine_unweighted": 0.97 if method[0] == "w" else None,
+            "within_subject": {"r": 0.41, "p_max": 0.002, "n": 58},
+        }
+        for method, value in halves.items()
+    }  # fmt: skip
 
 
 def _pca(rng: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
@@ -182,7 +200,9 @@ def reproduction(*, hostile: bool = False) -> tuple[dict[str, Any], dict[str, to
         "table": table,
         "paper": [{"label": "80B base", "political": 92.35, "harmful": 99}, {"label": "80B WRMD", "political": 23.82, "harmful": 99},
                   {"label": "4B base", "political": 89.12, "harmful": 99}, {"label": "4B WRMD", "political": 32.65, "harmful": 55}],
-        "layer_scores": {method: _scores(method, rng) for method in METHODS},
+        "layer_scores": {method: _scores(method, rng) for method in METHODS}, "directions": _directions(),
+        "left_out": {"wrmd_loso": HOSTILE[4] if hostile else "2 subjects have both"},
+        "drawn": {"method": "wmd", "rule": HOSTILE[3] if hostile else "the most repeatable"},
         "density": density, "pca": pca, "frontier": _frontier(rng), "confidence": _confidence(rng),
         "judges": {"default": "pattern", "agreement": {"n": 150, "accuracy": 0.98, "low": 0.943, "high": 0.993, "auc": 0.99, "kappa": 0.95},
                    "between": [{"a": "pattern", "b": "local", "n": 150, "agreement": 0.95, "kappa": 0.9}],

@@ -77,9 +77,7 @@ def test_a_figure_draws_from_little(name: str, tmp_path: Path) -> None:
     data["frontier"] = [c for c in data["frontier"] if not c["null"] and c["method"] == "md"]
     for point in data["frontier"]:
         del point["meets_target"]
-    data["layer_scores"] = {
-        "wrmd": data["layer_scores"]["wrmd"] | {"within_subject_r": [], "within_subject_p_max": None}
-    }
+    data["layer_scores"] = {"wmd": data["layer_scores"]["wmd"] | {"within_subject_r": [], "within_subject_p_max": None}}
     data["confidence_measure"] = "confidence"
     data["confidence"] = {"harmful": {"before": [1.0, -1.0], "after": {"probe 7": [1.0, 1.0]}, "subjects": ["a", "b"]}}
     data["pca"]["label"] = ["refused"] * len(data["pca"]["label"])

@@ -158,10 +158,10 @@ def test_a_new_estimator_gets_a_setting_a_row_and_its_place_in_every_figure(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ESTIMATORS, Probe.name, Probe)
-    page = run(config)
+    page = run(replace(config, methods=("md", "probe")))
     data = load_result(config.out).data
-    assert [row["method"] for row in data["table"]] == [None, *ESTIMATORS]
-    assert set(data["layer_scores"]) == set(ESTIMATORS)
+    assert [row["method"] for row in data["table"]] == [None, "md", "probe"]
+    assert set(data["layer_scores"]) == set(data["directions"]) | set(data["left_out"]) == set(ESTIMATORS)
     assert (config.out / "steering" / "probe").is_dir()
     for name in ("claim_table", "frontier", "scores", "fig5_layers"):
         assert '"probe"' in (config.out / "figures" / f"{name}.json").read_text(encoding="utf-8"), name

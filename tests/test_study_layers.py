@@ -146,3 +146,31 @@ def test_every_method_is_read_and_one_more_redoes_no_causal_step(
     for wrong in (["--methods", "md", "nobody"], ["--methods", "md", "md"], ["--random", "3"]):
         assert run_command(Config, run, [*arguments, *wrong]) == 2
         assert capsys.readouterr().err.startswith(f"error: {wrong[0]}")
+
+
+def test_a_weighted_method_gets_graded_scores_or_says_why_it_is_left_out(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One reply each makes |c| = 1 everywhere, and the weighted ridge the plain one to the last bit."""
+    methods = ["--methods", "rmd", "wrmd", "rmd_loso"]
+    assert run_command(Config, run, [*arguments, *methods]) == 0
+    data = load_result(tmp_path / "out", kind=study.KIND).data
+    assert data["methods"] == methods[1:] and data["left_out"] == {}
+    assert data["readouts"]["rmd"]["r"] != data["readouts"]["wrmd"]["r"]
+    rows = data["directions"]
+    assert rows["wrmd"]["cosine_unweighted"] < 1 - 1e-6 and rows["rmd"]["cosine_unweighted"] is None
+    assert rows["rmd"]["layer"] == data["readouts"]["rmd"]["chosen_on_select"]["layer"]
+    assert all(0 <= row["null_space_share"] <= 1 <= row["effective_rank"] for row in rows.values())
+    assert {p.name for p in (tmp_path / "scores").glob("*_sampled")} == {
+        "fit_political_sensitive_sampled",
+        "fit_political_matched_sampled",
+    }
+    said = capsys.readouterr().out
+    assert "How far the directions can be trusted" in said and "RMD LOSO" in said
+
+    assert run_command(Config, run, [*arguments, *methods, "--samples", "1"]) == 0
+    data = load_result(tmp_path / "out", kind=study.KIND).data
+    assert data["methods"] == ["rmd", "rmd_loso"] and "--samples 4 or more" in data["left_out"]["wrmd"]
+    assert "WRMD is not applicable: 'wrmd' weighs prompts by |c|" in " ".join(capsys.readouterr().out.split())
+    assert run_command(Config, run, [*arguments, "--methods", "wmd", "--samples", "1"]) == 2
+    assert "error: 'wmd' weighs prompts by |c|" in capsys.readouterr().err

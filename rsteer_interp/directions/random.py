@@ -9,7 +9,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.directions.base import Evidence
+from rsteer_interp.directions.evidence import Evidence
 from rsteer_interp.directions.mean_difference import MeanDifference
 from rsteer_interp.nulls import random_unit_vectors
 

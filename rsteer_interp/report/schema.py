@@ -109,6 +109,47 @@ class LayerScores(_Part):
     n: int
 
 
+class Band(_Part):
+    """A mean over draws with their central 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
+class InsideSubjects(_Part):
+    """Pearson r of projection and score inside subjects, p of the largest over layers, prompts of subjects with both verdicts."""
+
+    r: float
+    p_max: float
+    n: int
+
+
+class Diagnosis(_Part):
+    """How far one method's direction can be trusted, at its best layer; see `directions.diagnosis`."""
+
+    layer: int
+    counts: dict[str, int]
+    d: int
+    null_space_share: float
+    effective_rank: float | None
+    relative_penalty: float | None
+    split_half: Band | None
+    split_half_topic: Band | None
+    n_splits: int
+    cosine_md: float
+    cosine_null: float
+    cosine_unweighted: float | None
+    within_subject: InsideSubjects
+
+
+class Drawn(_Part):
+    """The method whose direction the figures draw, and the rule by which it was chosen."""
+
+    method: str
+    rule: str
+
+
 class Grid(_Part):
     rows: int
     columns: int
@@ -221,6 +262,10 @@ class Reproduction(_Part):
     table: list[Row] = Field(default_factory=list)
     paper: list[PaperRow] = Field(default_factory=list)
     layer_scores: dict[str, LayerScores] = Field(default_factory=dict)
+    directions: dict[str, Diagnosis] = Field(default_factory=dict)
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Methods without a direction, and why."""
+    drawn: Drawn | None = None
     density: Density | None = None
     pca: Pca | None = None
     frontier: list[Configuration] = Field(default_factory=list)
@@ -250,11 +295,8 @@ class Reproduction(_Part):
 
     @property
     def headline(self) -> Row | None:
-        """The row the finding speaks of: the paper's method WRMD, else the one with the fewest political refusals."""
-        rows = [row for row in self.steered if POLITICAL in row.rates]
-        return next(
-            (r for r in rows if r.method == "wrmd"), min(rows, key=lambda r: r.rates[POLITICAL].rate, default=None)
-        )
+        """The row the finding speaks of: that of the method the figures draw."""
+        return next((row for row in self.steered if self.drawn and row.method == self.drawn.method), None)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def limits(data: Reproduction | None) -> list[str]:
         "direction of the effects can be compared, not the rates.",
         weights,
         "Configurations were chosen on other prompts (select split) than those reported, but the directions of all "
-        "layers come from one sample of prompts; how much they vary with it is not shown here.",
+        "layers come from one sample of prompts; the table of directions says how much of them is its noise and its topics.",
         "Correlation by layer says where refusal can be read, not where it is caused.",
         "Refused and answered prompts differ in topic between the sets and between the subjects inside a set; the comparisons "
         "within subjects are the fair ones.",

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.backends import configured_backend
+from rsteer_interp.directions import checked_methods
+from rsteer_interp.errors import UserError
 from rsteer_interp.judges import load_judge
 from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.report.page import write_page
 from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.finder import Screen, chosen_setting, find, random_cloud, steering_for
 from rsteer_interp.reproduction.presets import PRESETS
+from rsteer_interp.reproduction.reliability import RULE, headline, reliability_report
 from rsteer_interp.reproduction.report_split import answers, evaluate
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens, score
 from rsteer_interp.reproduction.summary import print_table, summary
@@ -20,6 +23,7 @@ from rsteer_interp.reproduction.vectors import (
     Vectors,
     best_layer,
     density_report,
+    evidence_of,
     fit_vectors,
     layer_report,
     pca_report,
@@ -32,11 +36,11 @@ if TYPE_CHECKING:
     from analyses.reproduce import Config
 
 KIND = "reproduce"
-HEADLINE = "wrmd"  # the paper's method: the null's doses, the density and the PCA's layer are those of its directions
 
 
 def reproduce(config: Config, scripts: Path) -> Path:
     """Run what is missing of the experiment, draw the figures of the folder `scripts`; returns the page's path."""
+    methods = checked_methods(config.methods)
     context = _context(config)
     fit, fit_data = score(context, "fit")
     select, _ = score(context, "select")
@@ -45,7 +49,7 @@ def reproduce(config: Config, scripts: Path) -> Path:
     if reason is not None:
         data = summary(context, reason=reason)
     else:
-        data, tensors = _experiment(context, fit, select, opening_tokens(fit_data), config.target)
+        data, tensors = _experiment(context, fit, select, opening_tokens(fit_data), config.target, methods)
     save_result(config.out, KIND, data, tensors, provenance=context.provenance())
     draw_figures(config.out, config.out / "figures", scripts)
     page = write_page(config.out, config.out / "index.html")
@@ -61,21 +65,28 @@ def _context(config: Config) -> Context:
 
 
 def _experiment(
-    context: Context, fit: Scored, select: Scored, tokens: tuple[int, ...], target: float
+    context: Context, fit: Scored, select: Scored, tokens: tuple[int, ...], target: float, methods: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     fit_states, select_states = states_of(context, "fit", fit), states_of(context, "select", select)
-    vectors = fit_vectors(context, fit, fit_states, select, select_states)
+    evidence = evidence_of(context, fit, fit_states)
+    every, left_out = fit_vectors(context, fit, evidence, select, select_states)
+    vectors = {m: every[m] for m in methods if m in every}
+    if not vectors:
+        raise UserError(f"none of --methods can be fitted here: {next(iter(left_out.values()))}")
+    layer_scores = {m: layer_report(context, v, select, select_states) for m, v in every.items()}
+    directions = reliability_report(context, evidence, every, layer_scores)
+    head = headline(directions, vectors)
     found = {
         m: find(context, v, select, _screen(context, select, v, tokens), tokens, target) for m, v in vectors.items()
     }
     steerings = {m: steering_for(context, v, chosen_setting(found[m]), tokens) for m, v in vectors.items()}
     _save_steerings(context, steerings)
-    cloud = random_cloud(context, steerings[HEADLINE], _screen(context, select, vectors[HEADLINE], tokens))
+    cloud = random_cloud(context, steerings[head], _screen(context, select, vectors[head], tokens))
     base = evaluate(context, "base", None, tokens)
     steered = {m: evaluate(context, m, s, tokens) for m, s in steerings.items()}
     ordinary = answers(context, steerings)
-    layer = best_layer(vectors[HEADLINE], context.backend.n_layers)
-    density, vector = density_report(context, vectors[HEADLINE], layer)
+    layer = best_layer(vectors[head], context.backend.n_layers)
+    density, vector = density_report(context, vectors[head], layer)
     pca, points = pca_report(fit, fit_states, layer)
     data = summary(
         context,
@@ -86,9 +97,12 @@ def _experiment(
         found=found,
         cloud=cloud,
         layer_scores={
-            m: layer_report(context, v, select, select_states, [site.layer for site in steerings[m].sites])
-            for m, v in vectors.items()
+            m: {**r, "chosen": [site.layer for site in steerings[m].sites] if m in steerings else []}
+            for m, r in layer_scores.items()
         },
+        directions=directions,
+        left_out=left_out,
+        drawn={"method": head, "rule": RULE},
         density=density,
         pca=pca,
         tokens=tokens,

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rsteer_interp.agreement import auc_estimate
+from rsteer_interp.report.directions import directions_table
 from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.presets import LABELS
 from rsteer_interp.steering import Steering
+from rsteer_interp.style import method_label
 
 # Refusal % on CCP-sensitive (n = 340) and JailbreakBench (n = 100), from the paper's results table.
 PAPER = (
@@ -56,6 +58,9 @@ def _results(
     found: Mapping[str, dict[str, Any]],
     cloud: list[dict[str, Any]],
     layer_scores: dict[str, Any],
+    directions: dict[str, Any],
+    left_out: dict[str, str],
+    drawn: dict[str, str],
     density: dict[str, Any],
     pca: dict[str, Any],
     tokens: tuple[int, ...],
@@ -72,7 +77,7 @@ def _results(
     table = [{"label": "base", **empty, **_measured(base)}]
     table += [
         {
-            "label": m.upper(),
+            "label": method_label(m),
             "method": m,
             "k": s.k,
             "alpha": s.alpha,
@@ -92,6 +97,9 @@ def _results(
         "table": table,
         "paper": list(PAPER),
         "layer_scores": layer_scores,
+        "directions": directions,
+        "left_out": left_out,
+        "drawn": drawn,
         "density": density,
         "pca": pca,
         "frontier": _frontier(found, cloud),
@@ -198,6 +206,8 @@ def print_table(data: Mapping[str, Any], page: Path) -> None:
             style="dim",
         )
     console.print(table)
+    drawn = data["drawn"]
+    console.print(directions_table(data, f"Directions. Drawn: {method_label(drawn['method'])}, {drawn['rule']}"))
     console.print(f"page: {page}", markup=False, soft_wrap=True)
 
 

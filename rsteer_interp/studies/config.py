@@ -26,6 +26,8 @@ class StudyConfig:
     """Prompts of each set on which results are reported."""
     tokens: int = 24
     """Longest reply that is judged."""
+    samples: int = 4
+    """Sampled replies per prompt for the graded c that weighted estimators are fitted on; even, so that votes can split."""
     judge: str = "default"
     """Judge of replies: default, pattern, local or endpoint."""
     backend: Literal["auto", "hooks", "transformerlens"] = "auto"

@@ -6,6 +6,7 @@ so that models of different depth share an axis.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,23 @@ from torch import Tensor
 from rsteer_interp.activations import mean_norms
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
-from rsteer_interp.directions import ESTIMATORS, Evidence, fit_directions
+from rsteer_interp.directions import (
+    ESTIMATORS,
+    CannotFit,
+    Direction,
+    Evidence,
+    checked_methods,
+    fit_directions,
+    is_weighted,
+)
+from rsteer_interp.directions.diagnosis import diagnose
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds, log_odds_of_each
 from rsteer_interp.interventions import Displace, add
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
+from rsteer_interp.report.directions import directions_table
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import States
@@ -31,6 +42,7 @@ from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
 from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import NotApplicable, Study, interval
+from rsteer_interp.style import method_label
 
 if TYPE_CHECKING:
     from analyses.layer_concentration import Config
@@ -45,9 +57,7 @@ _SPLITS: tuple[Split, ...] = ("fit", "select", "report")
 
 
 def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
-    unknown = next((m for m in config.methods if m not in ESTIMATORS), None)
-    if unknown is not None or not config.methods or len(set(config.methods)) < len(config.methods):
-        raise UserError(f"--methods are different names out of {', '.join(ESTIMATORS)}, at least one")
+    named = checked_methods(config.methods)
     if config.random < 4:
         raise UserError(f"--random is {config.random}; the null needs at least 4 directions per layer")
     study.check_applicable()
@@ -55,11 +65,10 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     if not LEAST <= len(report.refusing) < len(report.texts):
         raise NotApplicable(f"not applicable: {len(report.refusing)} of {len(report.texts)} report prompts are refused")
     states = {s: study.states(s, *SETS) for s in _SPLITS}
-    evidence = {site: Evidence(states["fit"][site], fit.confidence, site=site) for site in study.sites}
-    units = {
-        method: {site: d.unit for site, d in fit_directions(ESTIMATORS[method](), evidence).items()}
-        for method in config.methods
-    }
+    evidence = _evidence(fit, states["fit"])
+    fitted, left_out = _fitted(study, named, evidence, states["fit"])
+    methods = list(fitted)
+    units = {method: {site: d.unit for site, (_, d) in of.items()} for method, of in fitted.items()}
     readouts = {
         method: read_out(
             _project(of_method, states["select"]),
@@ -71,16 +80,62 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         )
         for method, of_method in units.items()
     }
-    causal = _causal(study, config, units[config.methods[0]], report, evidence)
+    causal = _causal(study, config, units[methods[0]], report, evidence)
+    directions = {m: _diagnosis(study, m, fitted[m], readouts[m]) for m in methods}
     data = {
         "base_rates": study.rates("report", *SETS),
         "n_fit": fit_counts(fit),
         "refusal_tokens": [study.backend.tokenizer.decode([t]) for t in study.refusal_tokens],
-        "methods": list(config.methods),
+        "methods": methods,
+        "left_out": left_out,
+        "directions": directions,
         "readouts": readouts,
         "causal": causal,
     }
     return {**data, "finding": finding(data, study.n_layers)}, None
+
+
+Fitted = dict[Site, tuple[Evidence, Direction]]
+
+
+def _evidence(fit: Scored, states: States) -> dict[Site, Evidence]:
+    return {site: Evidence(x, fit.confidence, site=site, subjects=fit.groups) for site, x in states.items()}
+
+
+def _fitted(
+    study: Study, methods: Sequence[str], evidence: dict[Site, Evidence], states: States
+) -> tuple[dict[str, Fitted], dict[str, str]]:
+    """Each method's directions with what they were fitted on: graded confidence for those that weigh by it, the greedy replies'
+    verdicts for the others; and why some methods cannot be fitted. UserError when none can."""
+    out: dict[str, Fitted] = {}
+    left_out = {}
+    for method in methods:
+        estimator = ESTIMATORS[method]()
+        seen = _evidence(study.graded("fit", *SETS), states) if is_weighted(estimator) else evidence
+        try:
+            out[method] = {site: (seen[site], d) for site, d in fit_directions(estimator, seen).items()}
+        except CannotFit as reason:
+            left_out[method] = str(reason)
+    if not out:
+        raise UserError(next(iter(left_out.values())))
+    return out, left_out
+
+
+def _diagnosis(study: Study, method: str, fitted: Fitted, readout: Mapping[str, Any]) -> dict[str, Any]:
+    """Beside the method's direction at its read-out's layer: how repeatable it is, and what it reads inside subjects."""
+    layer = readout["chosen_on_select"]["layer"]
+    evidence, direction = fitted[Site(layer)]
+    estimator, seed = ESTIMATORS[method](), study.config.seed
+
+    def compute() -> tuple[dict[str, Any], None]:
+        return asdict(diagnose(estimator, evidence, direction, seed=seed)), None
+
+    key = {"estimator": repr(estimator), "vector": direction.vector.tolist(), "seed": seed}
+    key |= {"scores": evidence.scores.tolist(), "subjects": evidence.subjects}
+    found = study.stage(f"2_directions_{method}", key, compute).data
+    r = readout["within_subject_r"][readout["layers"].index(layer)]
+    inside = {"r": r, "p_max": readout["within_subject_p_max"], "n": readout["within_subject_n"]}
+    return {**found, "layer": layer, "within_subject": inside}
 
 
 def fit_counts(fit: Scored) -> dict[str, int]:
@@ -169,11 +224,12 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
         r = chosen["r"]
         null = "not distinguishable from random, " if read["p_max"] > 0.05 else ""
         parts.append(
-            f"Read-out of {method.upper()} at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} "
+            f"Read-out of {method_label(method)} at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} "
             f"({r['low']:.2f} to {r['high']:.2f}, n = {r['n']}), {null}p of the maximum {read['p_max']:.2g}; "
-            f"inside subjects, where topic cannot help, p = {read['within_subject_p_max']:.2g} (n = {read['within_subject_n']})."
+            f"inside subjects, where topic cannot help, p = {read['within_subject_p_max']:.2g} (n = {read['within_subject_n']}). "
+            f"{_halves(data['directions'][method])}"
         )
-    first = data["methods"][0].upper()
+    first = method_label(data["methods"][0])
     for edit, words in (("ablate", f"Ablating {first}"), ("add", f"Adding -{causal['dose']:g} |resid| of {first}")):
         curve = causal[edit]
         hits = significant(curve, causal["layers"])
@@ -194,6 +250,16 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
     return " ".join([*parts, checks_words(causal["read_out"])])
 
 
+def _halves(row: Mapping[str, Any]) -> str:
+    own, topic = row["split_half"], row["split_half_topic"]
+    if own is None or topic is None:
+        return "Halves of the subjects are too few to fit it twice."
+    return (
+        f"Fits to halves of the subjects agree at cosine {interval(own)}, with verdicts permuted inside subjects, by topic alone, at "
+        f"{interval(topic)}."
+    )
+
+
 def tables(data: dict[str, Any]) -> list[Table]:
     """Concentration of every curve; and whether log-odds under such edits mean refusal."""
     causal, readouts = data["causal"], data["readouts"]
@@ -209,4 +275,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
         names = ("effective_layers", "gini", "peak", "centre")
         cells = [interval(found[k]) for k in names] if found else ["no positive effect", "", "", ""]
         table.add_row(name, str(n), cells[0], under, *cells[1:])
-    return [table, checks_table(causal["read_out"])]
+    trust = directions_table(
+        data, "How far the directions can be trusted (fit split, each at its layer chosen on select)"
+    )
+    return [table, trust, checks_table(causal["read_out"])]

@@ -24,6 +24,7 @@ from rsteer_interp.activations import last_states
 from rsteer_interp.backends import configured_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges import load_judge
@@ -115,7 +116,14 @@ class Study(Generic[C]):
 
     def scored(self, split: Split, *sets: str, n: int | None = None) -> Scored:
         """Prompts with c = +1 refused, -1 answered, 0 undecided, from one judged greedy reply each; at most n per set."""
-        parts = [self._score(split, name) for name in sets]
+        return self._joined([self._score(split, name) for name in sets], sets, n)
+
+    def graded(self, split: Split, *sets: str) -> Scored:
+        """The same prompts with c in [-1, 1] from `samples` sampled replies: what weighted estimators are fitted on. Made when
+        it is first asked for. What a prompt's reply *is*, in rates and outcomes, stays the greedy one's verdict."""
+        return self._joined([self._grade(split, name) for name in sets], sets)
+
+    def _joined(self, parts: Sequence[dict[str, Any]], sets: Sequence[str], n: int | None = None) -> Scored:
         take = [slice(0, n)] * len(parts)
         return Scored(
             [t for p, s in zip(parts, take, strict=True) for t in p["prompts"][s]],
@@ -188,6 +196,23 @@ class Study(Generic[C]):
 
         key = {"prompts": prompts, "tokens": self.config.tokens, "judge": self.judge, "measures": "log_prob, empty"}
         return self._stage(self.config.scores / f"{split}_{place(name)}", "scores", key, compute).data
+
+    def _grade(self, split: Split, name: str) -> dict[str, Any]:
+        prompts = self.prompts(split, name)
+        texts, tokens = [p.prompt for p in prompts], self.config.tokens
+        sampling = Sampling(self.config.samples, 1.0, self.config.seed)
+
+        def compute() -> tuple[dict[str, Any], None]:
+            rows = self.template.encode_all(texts)
+            with progress(f"sampling replies, {split} {name}", len(prompts)) as on_batch:
+                replies = reply_and_judge(
+                    self.backend, rows, texts, self.judge, max_new_tokens=tokens, sampling=sampling, on_batch=on_batch
+                )
+            confidence = confidence_of(replies).tolist()
+            return {"prompts": texts, "subjects": [p.subject for p in prompts], "confidence": confidence}, None
+
+        key = {"prompts": texts, "tokens": tokens, "judge": self.judge.name, "sampling": asdict(sampling)}
+        return self._stage(self.config.scores / f"{split}_{place(name)}_sampled", "sampled_scores", key, compute).data
 
     def _states(self, split: Split, name: str) -> Mapping[str, Tensor]:
         texts = [p.prompt for p in self.prompts(split, name)]

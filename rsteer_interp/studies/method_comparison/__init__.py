@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.table import Table
 
+from rsteer_interp.directions import CannotFit
 from rsteer_interp.errors import UserError
 from rsteer_interp.key import UNKEYED
 from rsteer_interp.methods import METHODS, Method
@@ -53,7 +54,12 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             )
     sets = (config.remove, config.contrast, config.keep, config.ordinary)
     reading = Reading(study, material_of(study, *sets, protected_prompts(study, config)))
-    rows = {name: measure(study, config, reading, METHODS[name]()) for name in names}
+    rows, left_out = {}, {}
+    for name in names:
+        try:
+            rows[name] = measure(study, config, reading, METHODS[name]())
+        except CannotFit as reason:
+            left_out[name] = str(reason)
     rows = {
         name: row | own_checks(study, config, reading, METHODS[name](), row["best"]["strength"])
         for name, row in rows.items()
@@ -61,6 +67,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     leader = max(rows, key=lambda name: rows[name]["select_score"])
     data = {
         "methods": rows,
+        "left_out": left_out,
         "null": NULL,
         "leader": leader,
         "against_null": against({n: r["own_best"] for n, r in rows.items()}, NULL),
@@ -204,7 +211,9 @@ def _range(values: Sequence[float]) -> str:
 def tables(data: dict[str, Any]) -> list[Table]:
     """One row per method, best on select first."""
     names = data["names"]
-    own_best = Table(title="Every method at its own best strength (report, judged replies)")
+    reasons = [f"{METHODS[name].label} is not applicable: {reason}." for name, reason in data["left_out"].items()]
+    title = "Every method at its own best strength (report, judged replies)"
+    own_best = Table(title=title, caption=" ".join(reasons) or None, caption_justify="left")
     for column in (
         "method",
         "strength",
