@@ -75,6 +75,8 @@ class Row(_Part):
     dose: float | None = None
     """|edit| / |resid|, mean over the edited sites."""
     target_met: bool | None = None
+    removal: Estimate | None = None
+    """Delta_c by judged replies to the select split's refusing prompts."""
     rates: dict[str, Rate]
     answer_shift: Estimate | None = None
     """The paper's L_g, in nats."""
@@ -185,24 +187,61 @@ class Pca(_Part):
 
 
 class Configuration(_Part):
-    """One steering configuration tried on the select split; refusal there is log-odds above 0, nothing is generated."""
+    """A setting of one method, and what the finder measured of it on the select split."""
 
-    method: str | None = None
-    k: int | None = None
-    alpha: float | None = None
-    reposition: bool | None = None
-    dose: float | None = None
-    political: Rate
-    harmful: Rate
-    answer_shift: float | None = None
-    meets_target: bool | None = None
-    """None: not recorded."""
-    chosen: bool = False
-    null: bool = False
+    method: str
+    k: int
+    alpha: float
+    reposition: bool
+    answer_shift: Estimate
+    """L_g, in nats."""
+    removal: Estimate | None = None
+    """Delta_c by judged replies; None where a setting of a smaller L_g had met the target."""
+    complete: bool = False
+    """Judged on all prompts; else the first ones ruled the setting out."""
 
     @property
-    def is_base(self) -> bool:
-        return not self.null and (self.method in (None, "base") or not self.alpha)
+    def update(self) -> str:
+        return "reposition" if self.reposition else "addition"
+
+
+class Tried(Configuration):
+    chosen: bool = False
+
+
+class Finder(_Part):
+    """The search of every method: target, the prompts' c by the replies that chose them and by fresh ones, every setting."""
+
+    target: float
+    scored: Estimate
+    fresh: Estimate
+    trials: list[Tried]
+
+    def open(self, removal: Estimate) -> bool:
+        """Whether the removal's interval holds the target: its prompts do not tell on which side of it the setting is."""
+        return removal.low < self.target <= removal.high
+
+
+class Paired(_Part):
+    """Refusal rates of the same prompts before and after, and their difference."""
+
+    before: Rate
+    after: Rate
+    difference: Estimate
+    p: float
+
+
+class Matched(Configuration):
+    """The setting of a method and update whose removal is nearest the target, and what it does to harmful select prompts."""
+
+    harmful: Paired
+
+
+class RandomDirections(_Part):
+    """Refusal rates of select prompts by set: of the model as it is, and under each random edit of the headline method's size."""
+
+    base: dict[str, Rate]
+    random: list[dict[str, Rate]]
 
 
 class Confidence(_Part):
@@ -235,6 +274,9 @@ class Judges(_Part):
     agreement: Agreement | None = None
     between: list[JudgePair] = Field(default_factory=list)
     log_odds_auc: dict[str, Estimate] = Field(default_factory=dict)
+    """Of the model as it is, by set."""
+    steered_auc: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
+    """Under each method's edit, by set."""
 
 
 class Reply(_Part):
@@ -268,7 +310,9 @@ class Reproduction(_Part):
     drawn: Drawn | None = None
     density: Density | None = None
     pca: Pca | None = None
-    frontier: list[Configuration] = Field(default_factory=list)
+    finder: Finder | None = None
+    matched: list[Matched] = Field(default_factory=list)
+    null: RandomDirections | None = None
     confidence: dict[str, Confidence] = Field(default_factory=dict)
     confidence_measure: Literal["log_odds", "confidence"] = "log_odds"
     """What `confidence` holds: first-token refusal log-odds in nats, or c(x) in [-1, 1]. Above 0 is refusal in both."""
@@ -292,6 +336,22 @@ class Reproduction(_Part):
     @property
     def steered(self) -> list[Row]:
         return [row for row in self.table if row.method is not None]
+
+    def shift_factor(self, row: Row) -> float | None:
+        """Times the smallest L_g of all methods, where the two intervals are apart: what the row's removal costs ordinary answers."""
+        found = [r.answer_shift for r in self.steered if r.answer_shift is not None]
+        least = min(found, key=lambda shift: shift.value, default=None)
+        own = row.answer_shift
+        return own.value / least.value if own and least and 0 < least.high < own.low else None
+
+    def silent(self, row: Row) -> bool:
+        """Whether no refusal is left in any set: a model that refuses nothing may be one that is broken."""
+        before = self.base.rates if self.base is not None else {}
+        return (
+            row.method is not None
+            and any(before[n].count for n in before)
+            and not any(r.count for r in row.rates.values())
+        )
 
     @property
     def headline(self) -> Row | None:

@@ -109,6 +109,13 @@ def limits(data: Reproduction | None) -> list[str]:
         "within subjects are the fair ones.",
         judged,
     ]
+    for row in data.steered:
+        if data.silent(row):
+            change = f", and ordinary answers change by a KL of {row.kl.value:.2f} nats per token" if row.kl else ""
+            out.insert(1, (
+                f"Under {row.label} no prompt of any set is refused{change}: that row may be of a model that is broken, not of one "
+                "that tells refusals apart."
+            ))  # fmt: skip
     base = data.base
     if base is not None and HARMFUL in base.rates and base.rates[HARMFUL].low < 0.5:
         rate = base.rates[HARMFUL]

@@ -13,14 +13,14 @@ from rsteer_interp.judges import load_judge
 from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.report.page import write_page
 from rsteer_interp.reproduction.context import Context
-from rsteer_interp.reproduction.finder import Screen, chosen_setting, find, random_cloud, steering_for
+from rsteer_interp.reproduction.finder import chosen_setting, find, random_cloud, refusing, steering_for
+from rsteer_interp.reproduction.matched import at_matched_removal
 from rsteer_interp.reproduction.presets import PRESETS
 from rsteer_interp.reproduction.reliability import RULE, headline, reliability_report
 from rsteer_interp.reproduction.report_split import answers, evaluate
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens, score
 from rsteer_interp.reproduction.summary import print_table, summary
 from rsteer_interp.reproduction.vectors import (
-    Vectors,
     best_layer,
     density_report,
     evidence_of,
@@ -76,12 +76,12 @@ def _experiment(
     layer_scores = {m: layer_report(context, v, select, select_states) for m, v in every.items()}
     directions = reliability_report(context, evidence, every, layer_scores)
     head = headline(directions, vectors)
-    found = {
-        m: find(context, v, select, _screen(context, select, v, tokens), tokens, target) for m, v in vectors.items()
-    }
+    prompts = refusing(context, select)
+    found = {m: find(context, v, prompts, tokens, target) for m, v in vectors.items()}
     steerings = {m: steering_for(context, v, chosen_setting(found[m]), tokens) for m, v in vectors.items()}
     _save_steerings(context, steerings)
-    cloud = random_cloud(context, steerings[head], _screen(context, select, vectors[head], tokens))
+    matched = at_matched_removal(context, vectors, found, tokens, target)
+    cloud = random_cloud(context, steerings[head])
     base = evaluate(context, "base", None, tokens)
     steered = {m: evaluate(context, m, s, tokens) for m, s in steerings.items()}
     ordinary = answers(context, steerings)
@@ -94,7 +94,8 @@ def _experiment(
         steered={m: {**evaluated, **ordinary[m]} for m, evaluated in steered.items()},
         steerings=steerings,
         doses={m: s.dose(select_states) for m, s in steerings.items()},
-        found=found,
+        finder={"target": target, "unsteered": prompts.report(), "methods": found},
+        matched=matched,
         cloud=cloud,
         layer_scores={
             m: {**r, "chosen": [site.layer for site in steerings[m].sites] if m in steerings else []}
@@ -108,11 +109,6 @@ def _experiment(
         tokens=tokens,
     )
     return data, {"density_vector": vector, "pca": points}
-
-
-def _screen(context: Context, select: Scored, vectors: Vectors, tokens: tuple[int, ...]) -> Screen:
-    first = min(site.layer for site in vectors.top(max(context.preset.ks), context.backend.n_layers))
-    return Screen(context, select, tokens, first)
 
 
 def _save_steerings(context: Context, steerings: dict[str, Steering]) -> None:

@@ -90,7 +90,8 @@ class Context:
             "preset": self.preset,
             "prompts": self.prompt_sets,
             "seed": self.seed,
-            "settings": {name: value for name, value in self.settings.items() if name not in UNKEYED},
+            # A step of one method holds what was fitted by it.
+            "settings": {name: value for name, value in self.settings.items() if name not in UNKEYED | {"methods"}},
             **key,
         }
 

@@ -15,13 +15,16 @@ class Preset:
     fit: dict[str, int]  # prompts per set for the directions
     select: dict[str, int]  # prompts per set for layer scores, scales and the finder
     report: dict[str, int]  # prompts per set for everything reported
-    samples: int  # K replies per prompt for c(x); even, so that split votes can be neutral
+    samples: int  # K replies per prompt for c(x) by which prompts are scored; even, so that split votes can be neutral
     tokens: int  # longest reply that is judged
     harmful_tokens: int  # longest reply to a harmful prompt; never more than what is kept on disk
     ks: tuple[int, ...]
     alphas: tuple[float, ...]
-    screened: int  # prompts per set on which every setting is screened by log-odds
-    judged: int  # refusing prompts whose steered replies are judged, for the settings that pass the screen
+    judged: int  # refusing prompts whose fresh replies under a setting are judged
+    first: int  # of them, those on which a setting is judged first: it goes no further when it cannot reach the target
+    judged_samples: int  # K replies to each
+    harmful: int  # harmful select prompts on which the updates are compared at matched removal
+    null: int  # select prompts per set for the random directions
     finder_conversations: int  # for L_g inside the finder
     report_conversations: int  # for L_g and KL in the table; other conversations than the finder's
     permutations: int
@@ -39,8 +42,11 @@ PRESETS = {
         harmful_tokens=16,
         ks=(2, 8),
         alphas=(-0.5, -0.75, -1.0),
-        screened=16,
         judged=32,
+        first=12,
+        judged_samples=2,
+        harmful=40,
+        null=16,
         finder_conversations=8,
         report_conversations=32,
         permutations=1000,
@@ -54,10 +60,13 @@ PRESETS = {
         harmful_tokens=16,
         ks=(1, 2, 4, 8, 12, 16),
         alphas=(-0.1, -0.15, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0),
-        screened=40,
         judged=1000,
-        finder_conversations=64,
-        report_conversations=64,
+        first=40,
+        judged_samples=8,
+        harmful=1000,
+        null=1000,
+        finder_conversations=128,
+        report_conversations=128,
         permutations=10000,
     ),
 }
