@@ -19,7 +19,7 @@ from rsteer_interp.backends import load_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.batch import TODAY, ChatTemplate
-from rsteer_interp.directions import Evidence, MeanDifference
+from rsteer_interp.directions import Direction, Evidence, MeanDifference
 from rsteer_interp.judges.base import Verdict
 from rsteer_interp.judges.default import DefaultJudge
 from rsteer_interp.judges.endpoint import EndpointJudge
@@ -29,6 +29,7 @@ from rsteer_interp.key import digest, versions
 from rsteer_interp.methods import METHODS, Material
 from rsteer_interp.provenance import Provenance
 from rsteer_interp.reproduction.context import Context
+from rsteer_interp.reproduction.finder import Refusing
 from rsteer_interp.reproduction.presets import PRESETS
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import Vectors
@@ -133,14 +134,16 @@ def test_a_prompts_subject_belongs_to_its_score(tmp_path: Path) -> None:
 # -- directions, edits, methods --------------------------------------------------------------------------------------
 
 SITES = [Site(1), Site(2), Site(3), Site(4)]
+FITTED = {s: Direction(V + s.layer, s, "probe", {}, (), {}, "", V * s.layer, "neutral") for s in SITES}
 VECTORS = Vectors(
     "probe",
-    {s: V + s.layer for s in SITES},
-    {s: V * s.layer for s in SITES},
+    FITTED,
     {s.layer: LayerScore(0.1 * s.layer, 0.5) for s in SITES},
     dict.fromkeys(SITES, (1.0, 2.0)),
 )
-SELECT = Scored(list(PROMPTS), ["a"] * 6, list("abcdef"), torch.tensor([1.0, 1, 1, -1, -1, -1]).double())
+SELECT = Refusing(
+    list(PROMPTS), list("abcdef"), torch.linspace(0.5, 1.0, 6).double(), torch.linspace(0.4, 0.9, 6).double()
+)
 
 
 def swapped(by_site: dict[Any, Any]) -> dict[Any, Any]:
@@ -152,15 +155,15 @@ def swapped(by_site: dict[Any, Any]) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "changed",
     [
-        replace(VECTORS, directions={s: -v for s, v in VECTORS.directions.items()}),
-        replace(VECTORS, directions=swapped(VECTORS.directions)),
-        replace(VECTORS, references={s: -v for s, v in VECTORS.references.items()}),
+        replace(VECTORS, fitted={s: replace(d, vector=-d.vector) for s, d in FITTED.items()}),
+        replace(VECTORS, fitted=swapped(FITTED)),
+        replace(VECTORS, fitted={s: replace(d, offset=-d.offset) for s, d in FITTED.items()}),
         replace(VECTORS, scales=VECTORS.scales | {Site(2): (1.0, 3.0)}),
         replace(VECTORS, scores=swapped(VECTORS.scores)),
-        replace(SELECT, confidence=-SELECT.confidence),
+        replace(SELECT, fresh=-SELECT.fresh),
         replace(SELECT, texts=SELECT.texts[::-1]),
     ],
-    ids=["sign", "order", "references", "scales", "scores", "confidence", "prompts"],
+    ids=["sign", "order", "references", "scales", "scores", "fresh", "prompts"],
 )
 def test_a_probe_of_the_same_name_gets_a_setting_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: Any
@@ -171,10 +174,10 @@ def test_a_probe_of_the_same_name_gets_a_setting_of_its_own(
     monkeypatch.setattr(Context, "stage", asked)
     context = Context(tiny_backend("llama"), Says(0.9), PRESETS["demo"], tmp_path, 0, {})
 
-    def key(vectors: Vectors = VECTORS, select: Scored = SELECT) -> Any:
-        return finder.find(context, vectors, select, None, (1, 2), 1.3)  # type: ignore[arg-type]
+    def key(vectors: Vectors = VECTORS, select: Refusing = SELECT) -> Any:
+        return finder.find(context, vectors, select, (1, 2), 1.3)
 
-    same = replace(VECTORS, directions={s: v.clone() for s, v in VECTORS.directions.items()})
+    same = replace(VECTORS, fitted={s: replace(d, vector=d.vector.clone()) for s, d in FITTED.items()})
     assert key() == key(same) != key(**{"vectors" if isinstance(changed, Vectors) else "select": changed})
 
 
@@ -194,7 +197,8 @@ def test_a_causal_curve_is_that_of_its_directions(tmp_path: Path, monkeypatch: p
     evidence = {s: Evidence(torch.randn(6, 32), torch.tensor([1.0, 1, 1, -1, -1, -1])) for s in study.sites}
     units = {s: MeanDifference().fit(e).float() for s, e in evidence.items()}
     for directions in (units, units, {s: -v for s, v in units.items()}):
-        layers._causal(study, study.config, directions, list(PROMPTS[:4]), evidence)  # type: ignore[arg-type]
+        report = Scored(list(PROMPTS[:4]), ["a"] * 4, list("abcd"), torch.ones(4).double())
+        layers._causal(study, study.config, directions, report, evidence)  # type: ignore[arg-type]
     assert len(measured) == 6, "three block inputs, for v once and for -v"
 
 
