@@ -43,7 +43,7 @@ def summary(context: Context, reason: str | None = None, **parts: Any) -> dict[s
             "d_model": backend.d_model,
             "backend": backend.name,
         },
-        "notes": list(backend.notes),
+        "notes": [*backend.notes, *context.template.notes],
         "seconds": dict(context.seconds),
     }
     return head if reason is not None else {**head, **_results(context, **parts)}

@@ -106,7 +106,7 @@ class _Run:
             "embeddings": self._embeddings(),
             "refusal_tokens": [self.before.tokenizer.decode([t]) for t in tokens],
             "lost": lost(self.plan.prompts["harmful"], harmful),
-            "notes": [*self.notes, *self.before.notes],
+            "notes": [*self.notes, *self.before.notes, *self.before.template().notes],
         }
         return Audit(verdict, data)
 
