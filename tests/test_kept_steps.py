@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -43,6 +44,7 @@ from rsteer_interp.studies.study import Study
 from tests.tiny_models import PROMPTS, TEMPLATE, tiny_backend, tiny_model, tiny_tokenizer
 
 RECORD = Provenance(created="2026-01-01T00:00:00+00:00")
+ROOT = Path(__file__).parent.parent
 V = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
 
@@ -61,6 +63,37 @@ def a_study(folder: Path, judge: Any = None, backend: Any = None, config: Any = 
     options = {"fit": 6, "select": 6, "report": 6, "tokens": 3} | options
     made = config(out=folder / "out", scores=folder / "scores", **options)
     return Study("test", backend or tiny_backend("llama"), judge or Says(0.9), made)
+
+
+def key_expressions(path: Path) -> Iterator[ast.expr]:
+    """What is assigned or added to a `key`, and the key that a call of `stage` or `key` is given."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(t, ast.Name) and t.id == "key" for t in targets):
+                yield node.value
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("stage", "_stage")
+        ):
+            yield from node.args[1:2]
+
+
+def test_no_key_holds_a_name_a_repr_or_a_sum_in_place_of_the_thing() -> None:
+    hiding, found, seen = {"repr", "str", "id", "hash", "sum", "asdict"}, [], 0
+    for path in sorted((ROOT / "rsteer_interp").rglob("*.py")):
+        if path.parts[-2] not in ("studies", "safety_audit", "reproduction") and path.parts[-3] != "studies":
+            continue
+        for expression in key_expressions(path):
+            seen += 1
+            for node in ast.walk(expression):
+                called = node.func if isinstance(node, ast.Call) else None
+                word = getattr(called, "id", None) or getattr(called, "attr", None)
+                attribute = getattr(node, "attr", None)
+                if word in hiding or attribute in ("name", "method", "estimator", "digest", "fingerprint"):
+                    found.append(f"{path.name}:{expression.lineno}: {ast.unparse(expression)}")
+    assert seen > 20 and not found, found
 
 
 # -- judges ----------------------------------------------------------------------------------------------------------

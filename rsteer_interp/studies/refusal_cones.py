@@ -59,11 +59,17 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
     every = {name: v for name, v in found.items() if name != "cone"}
     cone = found["cone"]
     every |= {f"cone {i + 1}": v for i, v in enumerate(cone)}
-    key = {"prompts": texts, "tokens": study.refusal_tokens, "directions": found, "seed": config.seed}
+    subjects = _subjects(study, texts)
+    key = {
+        "prompts": texts,
+        "subjects": subjects,
+        "tokens": study.refusal_tokens,
+        "directions": found,
+        "seed": config.seed,
+    }
 
     def effects() -> tuple[dict[str, Any], dict[str, Tensor]]:
         with progress("ablating trained directions", len(every) + 1) as advance:
-            subjects = _subjects(study, texts)
             rows = [_ablated(study, config, name, v, texts, subjects, advance) for name, v in every.items()]
             test = sample_test(cone, _effects(study, texts[config.remove]), config.drawn, config.seed)
             advance(1)
@@ -122,10 +128,7 @@ def _directions(study: Study, config: Config) -> dict[str, Tensor]:
             "cone": trained[-1].value.float(),
         }
 
-    prompts = {
-        s: {name: x.texts for name, x in part.items()}
-        for s, part in (("fit", material.fit), ("select", material.select))
-    }
+    prompts = [[(name, x.texts, x.confidence) for name, x in part.items()] for part in (material.fit, material.select)]
     key = {"sets": sets, "prompts": prompts, "method": method, "dimension": config.dimension, "seed": config.seed}
     return dict(study.stage("1_directions", {**key, "tokens": study.refusal_tokens}, compute).tensors)
 
