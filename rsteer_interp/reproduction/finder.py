@@ -193,7 +193,8 @@ def random_cloud(context: Context, reference: Steering) -> dict[str, Any]:
         return {"base": base, "random": random}, None
 
     key = {"steering": reference, "asked": prompts, "n": NULL_DRAWS}
-    return context.stage("3_finder_random", key, compute).data
+    data = context.stage("3_finder_random", key, compute).data
+    return {"base": data["base"], "random": data["random"]}
 
 
 def refused(context: Context, prompts: Sequence[Prompt], edits: Sequence[Edit | None], label: str) -> list[list[bool]]:

@@ -99,6 +99,8 @@ def not_applicable(fit: Scored, select: Scored) -> str | None:
         return (
             f"not applicable: {said}; this model does not refuse often enough for a refusal direction to be estimated"
         )
+    if len({select.subjects[i] for i in select.refusing}) < 2:
+        return f"not applicable: {said}; the select prompts that it refuses are of one subject, of which no interval can be had"
     if complying < LEAST_CLASS:
         return f"not applicable: {said}; this model answers too few prompts to compare with"
     return None
