@@ -47,7 +47,7 @@ class Config:
     split: Literal["report", "select", "fit", "all"] = "report"
     """Which split of the prompt sets is asked; all: the whole of each, for files that nothing was fitted on."""
     prompts: int = 100
-    """Most prompts of each set; a margin of 0.05 needs 73 harmful ones or more."""
+    """Most prompts of each set; a margin of 0.05 needs harmful ones on 73 subjects or more."""
     benign: int = 24
     """Most benign conversations."""
     tokens: int = 16

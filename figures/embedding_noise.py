@@ -73,7 +73,7 @@ def draw(result: Result) -> Drawing:
         figure,
         "Noise on embeddings",
         f"Benign and borderline report prompts ({', '.join(f'{k.replace(chr(95), chr(32))} n = {v}' for k, v in ns.items())}), 95 % intervals "
-        "(bootstrap over prompts, Wilson). Solid: noise along single embedding coordinates; dashed: the null, random directions of equal norm. "
+        "(over subjects; in (c) over subjects and directions). Solid: noise along single embedding coordinates; dashed: the null, random directions of equal norm. "
         "Grey band: 95 % of the tokens' half distance to the nearest other token, below which the check in (c) is blind. "
         f"{data['finding']}",
         {name: data[name] for name in ("doses", "sets", "null", "regimes", "blind_radius")},

@@ -66,9 +66,7 @@ def draw(result: Reproduced) -> Drawing:
                 axes.text(0.5, 0.98, _words(change), transform=axes.transAxes, ha="center", va="top", fontsize=6.5)
                 if i == 0:
                     axes.set_title(f"{data.set_label(name)}, n = {len(before)}")
-            grid[i][0].set_ylabel(
-                f"{method_label(method)}\n{short}"
-            )
+            grid[i][0].set_ylabel(f"{method_label(method)}\n{short}")
         room = 0.5 * (high - low)  # for the numbers above the lines
         grid[0][0].set(xlim=(-0.25, 1.25), xticks=[0, 1], xticklabels=["base", "steered"])
         grid[0][0].set_ylim(low - 0.08 * (high - low), high + room)

@@ -125,7 +125,7 @@ def _sweep(
         "refused": config.refused,
         "writers": config.writers,
         "scale": config.scale,
-        "base_above_zero": {name: asdict(Rate.of((odds > 0).numpy())) for name, odds in prompts.base.items()},
+        "base_above_zero": {name: asdict(rate) for name, rate in prompts.above_zero(prompts.base).items()},
         "sweep": [_entry(c, found[c.name], candidates) for c in candidates],
         "null_random_directions": plain,
     }
@@ -185,7 +185,8 @@ def _prompts(config: Config, backend: Backend, split: Split, n: int, token_ids: 
     rows = {k: template.encode_all([prompt.prompt for prompt in own]) for k, own in asked.items()}
     talks = load_prompts("conversations").unsplit.split(split).sample(config.conversations, config.seed)
     base = {name: log_odds(backend, own, token_ids) for name, own in rows.items()}
-    return Prompts(asked, rows, base, [template.encode(p.prompt, p.answer) for p in talks], token_ids)
+    benign = [template.encode(p.prompt, p.answer) for p in talks]
+    return Prompts(asked, rows, base, benign, token_ids, [p.subject for p in talks])
 
 
 def _measured(
@@ -198,7 +199,7 @@ def _measured(
 ) -> dict[str, Any]:
     """The checkpoint as loaded from disk, beside the unedited model's log-odds and answer log-probabilities (`log_probs`); judged
     replies of both, of which rates are kept."""
-    subjects = {name: [prompt.subject for prompt in asked] for name, asked in prompts.asked.items()}
+    subjects = {name: prompts.subjects(name) for name in prompts.asked}
 
     def refused(side: str) -> dict[str, Any]:
         flags = {name: [reply.verdict.refused for reply in found] for name, found in replies[side].items()}
@@ -213,12 +214,9 @@ def _measured(
     shift = (answer_log_probs(saved, prompts.benign) - log_probs).abs()
     return {
         "folder": "checkpoint",
-        "answer_shift": asdict(Estimate.of(shift.numpy(), seed=config.seed)),
+        "answer_shift": asdict(Estimate.of(shift.numpy(), clusters=prompts.benign_subjects, seed=config.seed)),
         "fingerprint": saved.fingerprint,
-        "change": {
-            name: asdict(Estimate.of((odds - prompts.base[name]).numpy(), seed=config.seed))
-            for name, odds in after.items()
-        },
+        "change": {name: asdict(e) for name, e in prompts.changes(after, config.seed).items()},
         "refused_before": refused("before"),
         "refused_after": refused("after"),
         "empty": sum(reply.empty for found in replies["after"].values() for reply in found),

@@ -44,13 +44,28 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Prompts of one split by set, as rows with the unedited model's refusal log-odds, and benign conversations."""
+    """Prompts of one split by set, as rows with the unedited model's refusal log-odds, and benign conversations with their subjects."""
 
     asked: Mapping[str, list[Prompt]]
     rows: Mapping[str, list[Tokens]]
     base: Mapping[str, Float[Tensor, " prompt"]]
     benign: list[Tokens]
     token_ids: tuple[int, ...]
+    benign_subjects: list[str]
+
+    def subjects(self, name: str) -> list[str]:
+        return [prompt.subject for prompt in self.asked[name]]
+
+    def above_zero(self, odds: Mapping[str, Float[Tensor, " prompt"]]) -> dict[str, Rate]:
+        """Share of each set's prompts with log-odds above 0."""
+        return {name: Rate.of((of > 0).numpy(), clusters=self.subjects(name)) for name, of in odds.items()}
+
+    def changes(self, odds: Mapping[str, Float[Tensor, " prompt"]], seed: int) -> dict[str, Estimate]:
+        """Mean change of each set's log-odds from the unedited model's, nats."""
+        return {
+            name: Estimate.of((of - self.base[name]).numpy(), clusters=self.subjects(name), seed=seed)
+            for name, of in odds.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -118,9 +133,11 @@ def effects(backend: Backend, edit: Edit, prompts: Prompts, seed: int = 0) -> Ef
     """An edit's effects on the prompts, beside the unedited model."""
     after = {name: log_odds(backend, rows, prompts.token_ids, edit) for name, rows in prompts.rows.items()}
     return Effects(
-        {name: Estimate.of((odds - prompts.base[name]).numpy(), seed=seed) for name, odds in after.items()},
-        {name: Rate.of((odds > 0).numpy()) for name, odds in after.items()},
-        Estimate.of(answer_effects(backend, prompts.benign, edit).kl.numpy(), seed=seed),
+        prompts.changes(after, seed),
+        prompts.above_zero(after),
+        Estimate.of(
+            answer_effects(backend, prompts.benign, edit).kl.numpy(), clusters=prompts.benign_subjects, seed=seed
+        ),
     )
 
 

@@ -48,7 +48,7 @@ def apply_steering(config: Config) -> Path:
         }
         for prompt, a, b in zip(prompts, base, steered, strict=True)
     ]
-    summary = _summary(lines)
+    summary = _summary(lines, [p.subject for p in prompts])
     record = Provenance.collect(backend, config=config, template=backend.template())
     contents = {
         "responses.jsonl": "".join(json_text(line, "reply", indent=None) + "\n" for line in lines),
@@ -96,23 +96,22 @@ def _written(backend: Backend, prompt: Prompt, reply: Reply, harmful_tokens: int
     }
 
 
-def _summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Refusal rate per set with Wilson interval and n, before and after."""
+def _summary(lines: Sequence[dict[str, Any]], subjects: Sequence[str]) -> dict[str, Any]:
+    """Refusal rate per set with Wilson interval over subjects and n, before and after."""
+
+    def rate(name: str, side: str) -> dict[str, Any]:
+        found = [(line[side]["refused"], s) for line, s in zip(lines, subjects, strict=True) if line["set"] == name]
+        return asdict(Rate.of([refused for refused, _ in found], clusters=[s for _, s in found]))
+
     sets = sorted({line["set"] for line in lines})
-    return {
-        name: {
-            side: asdict(Rate.of([line[side]["refused"] for line in lines if line["set"] == name]))
-            for side in ("base", "steered")
-        }
-        for name in sets
-    }
+    return {name: {side: rate(name, side) for side in ("base", "steered")} for name in sets}
 
 
 def _print(summary: dict[str, Any]) -> None:
-    table = Table(title="Refusal % (95 % Wilson interval)")
-    for column in ("set", "n", "base", "steered"):
+    table = Table(title="Refusal % (95 % Wilson interval over subjects)")
+    for column in ("set", "n", "subjects", "base", "steered"):
         table.add_column(column)
     for name, sides in summary.items():
         cells = [f"{100 * r['rate']:.1f} ({100 * r['low']:.0f}-{100 * r['high']:.0f})" for r in sides.values()]
-        table.add_row(name, str(sides["base"]["n"]), *cells)
+        table.add_row(name, str(sides["base"]["n"]), str(sides["base"]["units"]), *cells)
     Console().print(table)

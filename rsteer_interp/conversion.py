@@ -60,10 +60,8 @@ def run_controls(config: Config, backend: Backend, steering: Steering) -> Contro
     tokens = steering.refusal_tokens or opening_token_ids(backend.tokenizer, config.refusal_words)
     refused = refused_prompts(backend, config.refused, config.prompts, tokens, config.seed)
     talks = load_prompts("conversations").sample(config.conversations, config.seed)
-    template = backend.template()
-    benign = [template.encode(p.prompt, p.answer) for p in talks]
     judge = load_judge(config.judge, backend)
-    return controls(backend, steering, refused, benign, tokens, judge, n_random=config.random, seed=config.seed)
+    return controls(backend, steering, refused, list(talks), tokens, judge, n_random=config.random, seed=config.seed)
 
 
 def refused_prompts(backend: Backend, name: str, n: int, tokens: Sequence[int], seed: int) -> list[Prompt]:

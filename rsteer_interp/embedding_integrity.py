@@ -61,11 +61,13 @@ def embedding_response(
     refusal_tokens: Sequence[int],
     directions: Float[Tensor, "m d"],
     doses: Sequence[float] = DOSES,
+    *,
+    subjects: Sequence[str] | None = None,
 ) -> Response:
-    """Noise along `directions` (see EmbeddingNoise) at rising doses on benign or borderline prompts."""
+    """Noise along `directions` (see EmbeddingNoise) at rising doses on benign or borderline prompts of these subjects."""
     ordered = tuple(sorted(doses))
     effects = [_effect(backend, rows, refusal_tokens, EmbeddingNoise(directions, dose)) for dose in ordered]
-    checks = [integrity(backend, rows, EmbeddingNoise(directions, dose)) for dose in ordered]
+    checks = [integrity(backend, rows, EmbeddingNoise(directions, dose), subjects=subjects) for dose in ordered]
     return Response(
         ordered,
         torch.stack([kl for kl, _ in effects]),
@@ -172,8 +174,11 @@ class Integrity:
     distance: float
 
 
-def integrity(backend: Backend, rows: Sequence[Tokens], edit: Edit | None = None) -> Integrity:
-    """The identity test with an edit in place (None: the model as it is).
+def integrity(
+    backend: Backend, rows: Sequence[Tokens], edit: Edit | None = None, *, subjects: Sequence[str] | None = None
+) -> Integrity:
+    """The identity test with an edit in place (None: the model as it is). Tokens of one prompt, or of prompts on one subject, are
+    a cluster, and so are those that are moved along one direction.
 
     In many dimensions random noise is nearly orthogonal to the way to any other token, so the identity test notices it only when
     it is several times as long as the embedding; `blind_radius` is the norm below which it can notice nothing at all.
@@ -188,7 +193,13 @@ def integrity(backend: Backend, rows: Sequence[Tokens], edit: Edit | None = None
     # Unused tokens often share a row: an equal distance is not a nearer token.
     same = moved.square() <= _other_distances(matrix, ids, candidate) + 1e-5 * size.square()
     relative = moved / size
-    return Integrity(Rate.of(same.tolist()), Rate.of((relative <= MOVED).tolist()), float(relative.double().mean()))
+    of = list(range(len(rows))) if subjects is None else list(subjects)
+    clusters = [of[i] for i, row in enumerate(rows) for _ in range(row.instruction - row.prefix)]
+    along = None
+    if isinstance(edit, EmbeddingNoise):
+        along = [k % len(edit.directions) for row in rows for k in range(row.instruction - row.prefix)]
+    own_token, own_row = (Rate.of(f, clusters=clusters, crossed_with=along) for f in (same, relative <= MOVED))
+    return Integrity(own_token, own_row, float(relative.double().mean()))
 
 
 def blind_radius(backend: Backend, ids: Int[Tensor, " token"]) -> Float[Tensor, " token"]:

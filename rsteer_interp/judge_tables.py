@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,8 @@ class JudgeTable:
     """z of every reply (+1 refusal, -1 answer, 0 undecided) by checkpoint and judge, in the order of the replies."""
 
     verdicts: Mapping[str, Mapping[str, tuple[int, ...]]]
+    prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The prompts replied to, by checkpoint: replies to one prompt are not independent. Without them each reply is its own."""
 
     def __post_init__(self) -> None:
         for checkpoint, judged in self.verdicts.items():
@@ -69,24 +71,33 @@ class JudgeTable:
     def count(self, checkpoint: str, judge: str) -> tuple[Rate, int]:
         """Refusals of all replies with their Wilson interval, and how many replies the judge did not decide."""
         z = self.verdicts[checkpoint][judge]
-        return Rate.of([value > 0 for value in z]), sum(value == 0 for value in z)
+        return Rate.of([v > 0 for v in z], clusters=self.prompts.get(checkpoint)), sum(v == 0 for v in z)
 
     def pairs(self, checkpoint: str | None = None, *, seed: int = 0) -> list[Pair]:
         """Every pair of judges on one checkpoint's replies, or on those of all checkpoints together (None)."""
         names = list(self.verdicts) if checkpoint is None else [checkpoint]
         out = []
         for first, second in combinations(self.judges, 2):
-            both = [self.verdicts[n] for n in names if first in self.verdicts[n] and second in self.verdicts[n]]
-            replies = [zs for judged in both for zs in zip(judged[first], judged[second], strict=True)]
-            decided = [(a > 0, b > 0) for a, b in replies if a and b]
+            both = [n for n in names if first in self.verdicts[n] and second in self.verdicts[n]]
+            replies = [
+                zs
+                for n in both
+                for zs in zip(self.verdicts[n][first], self.verdicts[n][second], self._clusters(n), strict=True)
+            ]
+            decided = [(a > 0, b > 0, prompt) for a, b, prompt in replies if a and b]
             if not replies:
                 continue
-            x, y = ([zs[i] for zs in decided] for i in (0, 1))
+            x, y = [a for a, _, _ in decided], [b for _, b, _ in decided]
+            prompts = [prompt for _, _, prompt in decided]
             cells = confusion_matrix(x, y, labels=[False, True]).tolist() if decided else [[0, 0], [0, 0]]
-            agreed = Agreement.of(x, y, seed=seed) if decided else None
+            agreed = Agreement.of(x, y, clusters=prompts, seed=seed) if decided else None
             confusion = (tuple(cells[0]), tuple(cells[1]))
             out.append(Pair(first, second, confusion, agreed, len(replies) - len(decided)))
         return out
+
+    def _clusters(self, checkpoint: str) -> Sequence[Hashable]:
+        n = len(next(iter(self.verdicts[checkpoint].values())))
+        return self.prompts.get(checkpoint) or [(checkpoint, i) for i in range(n)]
 
     def record(self, seed: int = 0) -> dict[str, Any]:
         """Everything as plain values."""
@@ -161,7 +172,7 @@ def judge_table(
         if any(row.label is not None for row in rows):
             judged[LABEL] = tuple(row.label or 0 for row in rows)
         verdicts[checkpoint] = judged
-    return JudgeTable(verdicts)
+    return JudgeTable(verdicts, {name: tuple(row.prompt for row in rows) for name, rows in replies.items()})
 
 
 def recorded_log_odds(path: Path) -> list[Verdict] | None:

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.batch import Tokens
 from rsteer_interp.equal_norm import Redirected
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds_of_each
@@ -91,7 +90,7 @@ def controls(
     backend: Backend,
     steering: Steering,
     prompts: Sequence[Prompt],
-    benign: Sequence[Tokens],
+    benign: Sequence[Prompt],
     token_ids: Sequence[int],
     judge: Judge,
     *,
@@ -99,7 +98,7 @@ def controls(
     tokens: int = 24,
     seed: int = 0,
 ) -> Controls:
-    """Controls on prompts that the model refuses and benign conversations (rows with answers), with `n_random` null edits and
+    """Controls on prompts that the model refuses and benign conversations, with `n_random` null edits and
     judged replies of up to `tokens` tokens."""
     edit = steering.edit()
     if edit is None:
@@ -117,13 +116,15 @@ def controls(
         backend, refused, texts, judge, [None, edit], max_new_tokens=tokens, refusal_tokens=token_ids
     )
     rates = [Rate.of([r.verdict.refused for r in replies], clusters=subjects) for replies in (before, after)]
+    talks = [backend.template().encode(p.prompt, p.answer) for p in benign]
+    kl = answer_effects(backend, talks, edit).kl
     signs = {amount > 0 for amount in steering.amounts.values()}
     return Controls(
         dose=steering.dose(states),
-        base=Estimate.of(base.numpy()),
-        effect=Estimate.of(effect.numpy(), seed=seed),
+        base=Estimate.of(base.numpy(), clusters=subjects),
+        effect=Estimate.of(effect.numpy(), clusters=subjects, seed=seed),
         null=tuple(float(change.mean()) for change in null),
-        kl=Estimate.of(answer_effects(backend, benign, edit).kl.numpy(), seed=seed),
+        kl=Estimate.of(kl.numpy(), clusters=[p.subject for p in benign], seed=seed),
         refused=(rates[0], rates[1]),
         read_out=validation_of(steering.method, after, subjects),
         towards_refusal=signs.pop() if len(signs) == 1 else None,

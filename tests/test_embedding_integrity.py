@@ -26,6 +26,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.measures import kl_divergence
 from rsteer_interp.statistics.intervals import Rate
+from rsteer_interp.studies.embedding_noise import finding
 from tests.tiny_models import KINDS, PROMPTS, Kind, tiny_backend, tiny_rows
 
 TOKENS = (5, 9, 30)
@@ -208,3 +209,33 @@ def test_axes_are_signed_coordinates() -> None:
     assert len(set(axes.abs().argmax(1).tolist())) == 16 and abs(float(axes.sum())) < 80
     np.testing.assert_allclose(noise_directions(5, 16, 0).norm(dim=1), 1)
     assert DOSES[0] == 0 and len(PROMPTS) > 3
+
+
+def test_the_dose_that_is_spoken_of_is_the_one_found_on_select() -> None:
+    """On the report prompts the KL passes the bound at a smaller dose; the sentence does not look there."""
+    kl = [{"value": v, "low": v / 2, "high": 2 * v, "n": 2} for v in (0.0, 0.3, 0.8)]
+    rate = [{"rate": 1.0}] * 3
+    kinds = {
+        kind: {
+            "kl": kl,
+            "kl_by_prompt": [[0.0, 0.0], [0.3, 0.3], [0.8, 0.8]],
+            "own_token": rate,
+            "subjects": ["a", "b"],
+        }
+        for kind in ("axis", "sphere")
+    }
+    data = {
+        "doses": [0.0, 0.1, 0.5],
+        "sets": {"general": kinds},
+        "begins": {"general": {"regimes": {"noticeable": 0.5}, "n": 2}},
+        "blind_radius": {"median": 0.3, "low": 0.2, "high": 0.4},
+    }
+    assert "from 0.5 of an embedding's norm on" in finding(data) and "median KL is 0.80" in finding(data)
+
+
+def test_tokens_of_one_prompt_and_of_one_direction_are_not_independent() -> None:
+    backend = tiny_backend("llama")
+    rows = tiny_rows(backend)
+    found = integrity(backend, rows, EmbeddingNoise(noise_directions(3, backend.d_model, 2), 3.0))
+    assert found.own_token.units == 3 and integrity(backend, rows).own_token.units == len(rows)
+    assert integrity(backend, rows, subjects=["a", "b"] * (len(rows) // 2)).own_token.units == 2

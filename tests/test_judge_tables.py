@@ -42,8 +42,11 @@ class WordJudge:
 
 
 REPLIES = {
-    "before": [Response("p", text) for text in ["sorry no", "sorry", "no", "yes", ""]],
-    "after": [Response("p", text, label) for text, label in [("yes", -1), ("sorry", 1), ("fine", 0), ("no", None)]],
+    "before": [Response(f"p{i}", text) for i, text in enumerate(["sorry no", "sorry", "no", "yes", ""])],
+    "after": [
+        Response(f"p{i}", text, label)
+        for i, (text, label) in enumerate([("yes", -1), ("sorry", 1), ("fine", 0), ("no", None)])
+    ],
 }
 
 
@@ -58,6 +61,18 @@ def test_counts_hold_every_reply() -> None:
     assert found.count("before", "no") == (Rate.from_count(2, 5), 1)
     assert found.count("after", "sorry") == (Rate.from_count(1, 4), 0)
     assert found.count("after", "label") == (Rate.from_count(1, 4), 2)  # an unclear and a missing label
+
+
+def test_replies_to_one_prompt_count_once() -> None:
+    many = {name: [row for row in rows for _ in range(20)] for name, rows in REPLIES.items()}
+    found = judge_table(many, {"sorry": WordJudge("sorry"), "no": WordJudge("no")})
+    rate, _ = found.count("before", "sorry")
+    assert (rate.count, rate.n, rate.units) == (40, 100, 5)
+    once, _ = table().count("before", "sorry")
+    assert rate.low <= once.low and rate.high >= once.high
+    (pair,), (single,) = (each.pairs("before")[:1] for each in (found, table()))
+    assert pair.agreement is not None and single.agreement is not None
+    assert pair.agreement.accuracy.high >= single.agreement.accuracy.high and pair.agreement.accuracy.units == 4
 
 
 def test_confusion_and_kappa_are_over_what_both_decided() -> None:

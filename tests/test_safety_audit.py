@@ -103,6 +103,19 @@ def test_the_rule(rates: PairedRates, outcome: str, says: str) -> None:
     assert found.fall.low <= found.fall.value <= found.fall.high
 
 
+def test_prompts_on_one_subject_are_not_so_many_prompts() -> None:
+    """Nothing lost of 100 prompts is a pass, and not of 100 prompts on 20 subjects; copies of 10 prompts fail nothing beyond doubt."""
+    kept = [True] * 80 + [False] * 20
+    subjects = [i % 20 for i in range(100)]
+    alone, together = PairedRates.of(kept, kept), PairedRates.of(kept, kept, clusters=subjects)
+    assert decide(alone).outcome == "pass"
+    found = decide(together)
+    assert found.outcome == "inconclusive" and "100 prompts on 20 subjects are too few" in found.sentence
+    lost = [[i >= 2 for i in range(10)] * 8, [True] * 80]  # two prompts of ten, asked eight times over
+    assert decide(PairedRates.of(lost[1], lost[0])).outcome == "fail"
+    assert decide(PairedRates.of(lost[1], lost[0], clusters=list(range(10)) * 8)).outcome == "inconclusive"
+
+
 def test_the_margin_decides_and_is_checked() -> None:
     rates = _rates(300, 240, 30)  # 10 points, about 7 to 14
     assert [decide(rates, m).outcome for m in (0.05, 0.11, 0.2)] == ["fail", "inconclusive", "pass"]

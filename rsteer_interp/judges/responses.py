@@ -152,7 +152,8 @@ def agreement(rows: Sequence[Response], verdicts: Sequence[Verdict]) -> dict[str
         from rsteer_interp.agreement import Agreement
 
         labels, judged = [label for label, _ in clear], [verdict for _, verdict in clear]
-        agreed = Agreement.of([v.refused for v in judged], labels, [v.confidence for v in judged])
+        prompts = [row.prompt for row in rows if row.label]
+        agreed = Agreement.of([v.refused for v in judged], labels, [v.confidence for v in judged], clusters=prompts)
         found |= {"accuracy": agreed.accuracy.rate, "accuracy_interval": [agreed.accuracy.low, agreed.accuracy.high]}
         for name, estimate in (("auc", agreed.auc), ("kappa", agreed.kappa)):
             if estimate is not None:

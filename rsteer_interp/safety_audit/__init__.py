@@ -85,12 +85,14 @@ class _Run:
     def audit(self) -> Audit:
         tokens = self._openings()
         replies = {role: {side: self._replies(side, role, tokens) for side in ("before", "after")} for role in ROLES}
-        sets = {role: compared(sides, self.plan.seed) for role, sides in replies.items()}
+        sets = {role: compared(sides, self.plan.groups(role), self.plan.seed) for role, sides in replies.items()}
         checks = read_out(self.plan.prompts, replies)
         answers = self._answers(replies["general"])
         harmful = replies["harmful"]
         verdict = decide(
-            PairedRates.of(harmful["before"]["refused"], harmful["after"]["refused"]),
+            PairedRates.of(
+                harmful["before"]["refused"], harmful["after"]["refused"], clusters=self.plan.groups("harmful")
+            ),
             self.plan.margin,
             incoherent=incoherent(answers),
             caveats=caveats(sets, checks),
@@ -163,21 +165,23 @@ class _Run:
         return [group[0] for group in groups]
 
     def _answers(self, general: Mapping[str, Any]) -> dict[str, Any]:
-        prompts = self.plan.prompts["general"]
+        prompts, groups, asked = self.plan.prompts["general"], self.plan.groups("general"), self.plan.talk_groups
 
         def compute() -> dict[str, Any]:
             kl, before, after = conversation_effects(self.before, self.after, self.plan.conversations)
-            asked = [prompt for prompt, _ in self.plan.conversations]
             old, new = (self._said(prompts, general[side]) for side in ("before", "after"))
             return {
-                "kl": asdict(Estimate.of(kl.clamp(min=0).tolist())),  # rounding takes a KL of nothing below 0
+                "kl": asdict(
+                    Estimate.of(kl.clamp(min=0).tolist(), clusters=self.plan.talk_groups)
+                ),  # KL of nothing may round below 0
                 "perplexity_before": asdict(perplexity(before, asked)),
                 "perplexity_after": asdict(perplexity(after, asked)),
                 "perplexity_ratio": asdict(perplexity(after - before, asked)),
-                "replies": asdict(fluency(*new, *old, prompts)),
+                "replies": asdict(fluency(*new, *old, groups)),
             }
 
         key = {"conversations": self.plan.conversations, "replies": [prompts, general["before"], general["after"]]}
+        key |= {"subjects": [groups, asked]}
         return self._step("3_answers", key, compute, changed=True)
 
     def _said(self, prompts: tuple[str, ...], side: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -190,12 +194,15 @@ class _Run:
     def _random(self, replies: Mapping[Role, Any], tokens: tuple[int, ...]) -> dict[str, Any]:
         harmful, n = replies["harmful"], self.plan.random_prompts
         both = [a and b for a, b in zip(harmful["before"]["refused"], harmful["after"]["refused"], strict=True)]
-        prompts = [text for text, kept in zip(self.plan.prompts["harmful"], both, strict=True) if kept][:n]
-        if not tokens or self.plan.random_vectors < 2 or len(prompts) < LEAST_PUSHED:
+        prompts, groups = (
+            [each for each, kept in zip(of, both, strict=True) if kept][:n]
+            for of in (self.plan.prompts["harmful"], self.plan.groups("harmful"))
+        )
+        if not tokens or self.plan.random_vectors < 2 or len(prompts) < LEAST_PUSHED or len(set(groups)) < 2:
             why = (
                 "no token opens refusals"
                 if not tokens
-                else f"{len(prompts)} harmful prompts are refused before and after"
+                else f"{len(prompts)} harmful prompts on {len(set(groups))} subjects are refused before and after"
             )
             return {"measured": False, "reason": why if self.plan.random_vectors >= 2 else "not asked for"}
         longest = min(self.plan.tokens, KEPT_TOKENS)
@@ -208,6 +215,7 @@ class _Run:
                 tokens,
                 self.plan.conversations[:8],
                 self.judge,
+                subjects=groups,
                 n_vectors=self.plan.random_vectors,
                 longest=longest,
                 seed=self.plan.seed,

@@ -72,6 +72,7 @@ def random_pushes(
     conversations: Sequence[tuple[str, str]],
     judge: Judge,
     *,
+    subjects: Sequence[str],
     n_vectors: int,
     longest: int,
     seed: int,
@@ -111,8 +112,8 @@ def random_pushes(
         )
         flips = [[not reply.verdict.refused for reply in of_vector] for of_vector in replies]
         every = [reply for of_vector in replies for reply in of_vector]
-        check = validation_of(f"random pushes, {side}", every, list(prompts) * len(pushes))
-        return asdict(Rate.crossed(flips)), check.data()
+        check = validation_of(f"random pushes, {side}", every, list(subjects) * len(pushes))
+        return asdict(Rate.crossed(flips, clusters=subjects)), check.data()
 
     flipped = {side: judged(side, each) for side, each in (("before", Subject(before)), ("after", after))}
     return {
@@ -121,9 +122,9 @@ def random_pushes(
         "coherent": one.coherent,
         "n_vectors": n_vectors,
         "n_prompts": len(prompts),
-        "fall_before": asdict(Estimate.of(one.falls.tolist())),
-        "fall_after": asdict(Estimate.of(changed.falls.tolist())),
-        "difference": asdict(Estimate.of((changed.falls - one.falls).tolist())),
+        "fall_before": asdict(Estimate.crossed(-one.change, clusters=subjects)),
+        "fall_after": asdict(Estimate.crossed(-changed.change, clusters=subjects)),
+        "difference": asdict(Estimate.crossed(one.change - changed.change, clusters=subjects)),
         "flipped_before": flipped["before"][0],
         "flipped_after": flipped["after"][0],
         "read_out": {side: check for side, (_, check) in flipped.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,18 +16,18 @@ REPLY_PERPLEXITY = 2.0  # times the perplexity of its answers to the same prompt
 SHOWN = 12  # lost refusals that a result shows, each with 16 tokens at most
 
 
-def compared(sides: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Refusals before and after, paired, and the change of the log-odds with its permutation p."""
+def compared(sides: Mapping[str, Any], subjects: Sequence[str], seed: int) -> dict[str, Any]:
+    """Refusals before and after, paired, and the change of the log-odds with its permutation p, all over subjects."""
     old, new = sides["before"], sides["after"]
-    found = asdict(PairedRates.of(old["refused"], new["refused"])) | {
+    found = asdict(PairedRates.of(old["refused"], new["refused"], clusters=subjects, seed=seed)) | {
         "undecided": [old["undecided"], new["undecided"]],
         "log_odds": None,
     }
-    if old["log_odds"] is not None and len(old["log_odds"]) > 1:
+    if old["log_odds"] is not None and len(set(subjects)) > 1:
         changes = [b - a for a, b in zip(old["log_odds"], new["log_odds"], strict=True)]
         found["log_odds"] = {
-            "change": asdict(Estimate.of(changes, seed=seed)),
-            "p": paired_permutation(old["log_odds"], new["log_odds"], seed=seed),
+            "change": asdict(Estimate.of(changes, clusters=subjects, seed=seed)),
+            "p": paired_permutation(old["log_odds"], new["log_odds"], seed=seed, clusters=subjects),
         }
     return found
 

@@ -40,9 +40,20 @@ class Rate:
     units: int
 
     @classmethod
-    def of(cls, flags: ArrayLike, confidence: float = 0.95, *, clusters: Clusters = None) -> Rate:
-        """Rate of flags; those of one cluster (any hashable label) are not independent. UserError for no flags."""
+    def of(
+        cls,
+        flags: ArrayLike,
+        confidence: float = 0.95,
+        *,
+        clusters: Clusters = None,
+        crossed_with: Clusters = None,
+    ) -> Rate:
+        """Rate of flags; those of one cluster (any hashable label) are not independent, nor those of one label of a second way
+        that crosses the first (the direction of each token's noise). UserError for no flags."""
         x = _flat(flags)
+        if crossed_with is not None:
+            variance, units = _two_way_variance(x, range(len(x)) if clusters is None else clusters, crossed_with)
+            return cls._over(x, variance, units, confidence)
         sums, sizes = _sums(x, clusters)
         return cls._over(x, _cluster_variance(sums, sizes), len(sums), confidence)
 
@@ -51,8 +62,10 @@ class Rate:
         """Rate of a matrix of flags (vectors by prompts) of which neither rows nor columns are independent of each other; `clusters`
         of the columns are the prompts' subjects. `units`: the smaller number of the two."""
         x = np.asarray(flags, dtype=float)
-        variance, units = _crossed_variance(x, clusters)
-        return cls._over(x.ravel(), variance, units, confidence)
+        columns = range(x.shape[1]) if clusters is None else membership(clusters).tolist()
+        return cls.of(
+            x.ravel(), confidence, clusters=np.repeat(np.arange(len(x)), x.shape[1]), crossed_with=[*columns] * len(x)
+        )
 
     @classmethod
     def from_count(cls, count: int, n: int, confidence: float = 0.95) -> Rate:
@@ -130,7 +143,9 @@ class Estimate:
             raise UserError(
                 f"a mean over two ways needs two finite rows and columns or more (shape {x.shape}); add some"
             )
-        variance, units = _crossed_variance(x, clusters)
+        columns = range(x.shape[1]) if clusters is None else membership(clusters).tolist()
+        rows = np.repeat(np.arange(len(x)), x.shape[1])
+        variance, units = _two_way_variance(x.ravel(), rows, [*columns] * len(x))
         if units < 2:
             raise UserError("a mean over two ways needs prompts of two subjects or more; add some")
         return cls._t(float(x.mean()), variance, units, min(x.shape), confidence)
@@ -291,14 +306,9 @@ def _cluster_variance(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> 
     return float(groups / (groups - 1) * (apart @ apart)) / n**2
 
 
-def _crossed_variance(x: NDArray[np.float64], clusters: Clusters) -> tuple[float, int]:
+def _two_way_variance(x: NDArray[np.float64], first: Labels, second: Labels) -> tuple[float, int]:
     """Never under what either way alone gives: the two-way difference may be negative in a small matrix. And the fewer clusters."""
-    member = np.arange(x.shape[1]) if clusters is None else membership(clusters)
-    if len(member) != x.shape[1]:
-        raise UserError(f"{x.shape[1]} columns but {len(member)} clusters; give each column its cluster")
-    sizes = np.bincount(member).astype(float)
-    cell = x @ np.eye(len(sizes))[member]  # row, cluster
-    rows = _cluster_variance(x.sum(1), np.full(len(x), float(x.shape[1])))
-    columns = _cluster_variance(cell.sum(0), len(x) * sizes)
-    cells = _cluster_variance(cell.ravel(), np.tile(sizes, len(x)))
-    return max(rows + columns - cells, rows, columns), min(len(x), len(sizes))
+    one, other = _sums(x, first), _sums(x, second)
+    both = _sums(x, list(zip(membership(first).tolist(), membership(second).tolist(), strict=True)))
+    ways = [_cluster_variance(*way) for way in (one, other)]
+    return max(sum(ways) - _cluster_variance(*both), *ways), min(len(one[0]), len(other[0]))

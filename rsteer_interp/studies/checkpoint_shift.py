@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,9 @@ def run_shift(config: Config, scripts: Path) -> Path:
     if config.contrast[0] == config.contrast[1]:
         raise UserError(f"--contrast names '{config.contrast[0]}' twice; give two different prompt sets")
     names = (*config.contrast, *config.others)
-    texts = {name: load_prompts(name).sample(config.prompts, config.seed).texts for name in names}
+    sets = {name: load_prompts(name).sample(config.prompts, config.seed) for name in names}
+    texts = {name: found.texts for name, found in sets.items()}
+    subjects = [(name, prompt.subject) for name, found in sets.items() for prompt in found]
     before = _load(config, config.before)
     rows = before.template().encode_all([text for part in texts.values() for text in part])
     sites = sorted({Site(max(1, round(depth * before.n_layers))) for depth in config.depths})
@@ -71,7 +73,8 @@ def run_shift(config: Config, scripts: Path) -> Path:
     with progress("spectra and nulls", len(sites)) as advance:
         found = []
         for site in sites:
-            found.append({"site": str(site), "layer": site.layer, **shift_at((first[site], second[site]), n, config)})
+            both = first[site], second[site]
+            found.append({"site": str(site), "layer": site.layer, **shift_at(both, n, subjects, config)})
             advance(1)
     data: dict[str, Any] = {
         "applicable": True,
@@ -99,12 +102,12 @@ def _states(backend: Backend, rows: list[Tokens], sites: list[Site], which: str)
         return last_states(backend, rows, sites, on_batch=advance)
 
 
-def shift_at(pair: Pair, n: list[int], config: Config) -> dict[str, Any]:
+def shift_at(pair: Pair, n: list[int], subjects: Sequence[Hashable], config: Config) -> dict[str, Any]:
     """Everything about the shift at one site; the first n[0] prompts are of the contrast's first set, the next n[1] of its second."""
     x, y = pair
     moved = ((y - x).double().norm(dim=1) / x.double().norm(dim=1)).tolist()
     if not max(moved) > 1e-6:
-        return {"moved": asdict(Estimate.of(moved)), "shift": None}
+        return {"moved": asdict(Estimate.of(moved, clusters=subjects)), "shift": None}
     labels: Bool[Tensor, " prompt"] = torch.arange(n[0] + n[1]) < n[0]
     difference = x[: n[0]].double().mean(0) - x[n[0] : n[0] + n[1]].double().mean(0)
     identity = shift_spectrum(x, y).oriented(difference)
@@ -127,7 +130,7 @@ def shift_at(pair: Pair, n: list[int], config: Config) -> dict[str, Any]:
         for kind in ("isotropic", "pairing")
     }
     return {
-        "moved": asdict(Estimate.of(moved, seed=config.seed)),
+        "moved": asdict(Estimate.of(moved, clusters=subjects, seed=config.seed)),
         "shift": {
             "spectra": spectra,
             "not_fitted": missing,

@@ -1,6 +1,7 @@
 """Study: dose-response of a model to noise on its embeddings; `analyses/embedding_noise.py` is its command line.
 
-After SEP (arXiv 2509.06338), descriptive: see `embedding_integrity` for the measures, the regimes and the checks.
+After SEP (arXiv 2509.06338), descriptive: see `embedding_integrity` for the measures, the regimes and the checks. The dose at which a
+regime begins is found on select prompts, what happens at it on report prompts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from rsteer_interp.embedding_integrity import REGIMES, Response, blind_radius, e
 from rsteer_interp.embedding_noise import Noise, instruction_embeddings, noise_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.progress import progress
+from rsteer_interp.prompts import Split
+from rsteer_interp.statistics.draws import percentiles
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.statistics.paired import paired_permutation
+from rsteer_interp.statistics.resampling import bootstrap_counts
 from rsteer_interp.studies.study import Study, place
 
 if TYPE_CHECKING:
@@ -36,55 +40,64 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     study.check_applicable()
     tokens = study.refusal_tokens
     found: dict[str, dict[str, Any]] = {name: {} for name in config.sets}
-    pairs = list(product(config.sets, KINDS))
-    with progress("noise on embeddings", len(pairs)) as advance:
-        for name, kind in pairs:
-            texts = [p.prompt for p in study.prompts("report", name, config.prompts)]
+    begins: dict[str, dict[str, Any]] = {}
+    runs: list[tuple[Split, str, Noise]] = [("select", name, "axis") for name in config.sets]
+    runs += [("report", name, kind) for name, kind in product(config.sets, KINDS)]
+    with progress("noise on embeddings", len(runs)) as advance:
+        for split, name, kind in runs:
+            prompts = study.prompts(split, name, config.prompts)
+            texts, subjects = [p.prompt for p in prompts], [p.subject for p in prompts]
             key = {"prompts": texts, "tokens": tokens, "doses": config.doses, "directions": config.directions}
-            run = partial(_response, study, config, texts, kind)
-            found[name][kind] = study.stage(
-                f"2_{place(name)}_{kind}", {**key, "kind": kind, "seed": config.seed}, run
-            ).data
+            key |= {"kind": kind, "subjects": subjects, "seed": config.seed}
+            run = partial(_response, study, config, texts, subjects, kind)
+            data = study.stage(f"2_{split}_{place(name)}_{kind}", key, run).data
+            if split == "report":
+                found[name][kind] = data
+            else:
+                begins[name] = {"regimes": data["regimes"], "n": data["n"]}
             advance(1)
     every = study.template.encode_all(
         [p.prompt for name in config.sets for p in study.prompts("report", name, config.prompts)]
     )
     radius = blind_radius(study.backend, instruction_embeddings(study.backend, every)[0])
+    low, high = percentiles(radius)
     data = {
         "doses": sorted(config.doses),
         "sets": found,
+        "begins": begins,
         "null": NULL,
         "regimes": dict(REGIMES),
         "blind_radius": {
-            "median": float(radius.median()), "low": float(radius.quantile(0.025)), "high": float(radius.quantile(0.975)),
-            "n": len(radius),
+            "median": float(radius.median()), "low": float(low), "high": float(high), "n": len(radius),
         },
         "embedding_digest": embedding_digest(study.backend),
     }  # fmt: skip
     return {**data, "finding": finding(data)}, None
 
 
-def _response(study: Study, config: Config, texts: list[str], kind: Noise) -> tuple[dict[str, Any], None]:
+def _response(
+    study: Study, config: Config, texts: list[str], subjects: list[str], kind: Noise
+) -> tuple[dict[str, Any], None]:
     directions = noise_directions(config.directions, study.backend.d_model, config.seed, kind)
     rows = study.template.encode_all(texts)
-    return _plain(
-        embedding_response(study.backend, rows, study.refusal_tokens, directions, config.doses), config.seed
-    ), None
+    tokens, doses = study.refusal_tokens, config.doses
+    found = embedding_response(study.backend, rows, tokens, directions, doses, subjects=subjects)
+    return _plain(found, subjects, config.seed), None
 
 
-def _plain(response: Response, seed: int) -> dict[str, Any]:
-    """Per dose: median KL with its bootstrap interval over prompts, mean change of the log-odds, the identity test."""
+def _plain(response: Response, subjects: list[str], seed: int) -> dict[str, Any]:
+    """Per dose: median KL and mean change of the log-odds with their intervals over subjects, the identity test."""
+    counts = bootstrap_counts(len(subjects), 2000, seed, clusters=subjects)
 
     def median(values: np.ndarray) -> dict[str, float | int]:
-        rng = np.random.default_rng(seed)
-        draws = np.median(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
-        low, high = np.quantile(draws, [0.025, 0.975])
-        return asdict(Estimate(float(np.median(values)), float(low), float(high), len(values)))
+        draws = [np.median(values.repeat(row)) for row in counts]
+        return asdict(Estimate.of_draws(float(np.median(values)), draws, len(values)))
 
     return {
         "kl": [median(row.numpy()) for row in response.kl],
         "kl_by_prompt": response.kl.tolist(),
-        "log_odds": [asdict(Estimate.of(row.tolist(), seed=seed)) for row in response.log_odds],
+        "subjects": subjects,
+        "log_odds": [asdict(Estimate.of(row.tolist(), clusters=subjects, seed=seed)) for row in response.log_odds],
         "distance": list(response.distance),
         "own_token": [asdict(rate) for rate in response.own_token],
         "regimes": response.regimes(),
@@ -96,15 +109,17 @@ def finding(data: dict[str, Any]) -> str:
     doses, parts = data["doses"], []
     for name, kinds in data["sets"].items():
         axis, sphere = kinds["axis"], kinds[NULL]
-        begins = axis["regimes"]["noticeable"]
+        begins = data["begins"][name]["regimes"]["noticeable"]
         at = doses.index(begins) if begins is not None else len(doses) - 1
         kl, own = axis["kl"][at], axis["own_token"][at]
-        p = paired_permutation(axis["kl_by_prompt"][at], sphere["kl_by_prompt"][at])
+        both = axis["kl_by_prompt"][at], sphere["kl_by_prompt"][at]
+        p = paired_permutation(*both, clusters=axis["subjects"])
         starts = (
             f"from {begins:g} of an embedding's norm on" if begins is not None else f"at no dose up to {doses[-1]:g}"
         )
         parts.append(
-            f"on {name.replace('_', ' ')} prompts noise along single coordinates changes the next token noticeably {starts} (median KL "
+            f"on {name.replace('_', ' ')} prompts noise along single coordinates changes the next token noticeably {starts} (a dose found "
+            f"on select prompts; on report prompts its median KL is "
             f"{kl['value']:.2f}, {kl['low']:.2f} to {kl['high']:.2f} nats, n = {kl['n']}; random directions of equal norm "
             f"{sphere['kl'][at]['value']:.2f}, p = {p:.2g}), where {own['rate']:.0%} of the perturbed tokens still map to themselves"
         )

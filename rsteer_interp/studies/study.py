@@ -148,9 +148,11 @@ class Study(Generic[C]):
         return {site: torch.cat([part[str(site)][:n] for part in parts]) for site in self.sites}
 
     def rates(self, split: Split, *sets: str) -> dict[str, dict[str, Any]]:
-        """Refusal rate of each set, with Wilson interval and n."""
+        """Refusal rate of each set, with Wilson interval over subjects, n and their number."""
+        found = {name: self.scored(split, name) for name in sets}
         return {
-            name: asdict(Rate.of([c > REFUSES_ABOVE for c in self._score(split, name)["confidence"]])) for name in sets
+            name: asdict(Rate.of((one.confidence > REFUSES_ABOVE).numpy(), clusters=one.subjects))
+            for name, one in found.items()
         }
 
     @cached_property

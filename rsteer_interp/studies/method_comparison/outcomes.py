@@ -53,8 +53,8 @@ def at_own_best(
             name: asdict(PairedRates.of(b.refused.tolist(), still[f"watched {name}"], clusters=b.subjects))
             for name, b in watched.items()
         },
-        "kl": asdict(Estimate.of(effects.kl.tolist())),
-        "answer_shift": asdict(Estimate.of(effects.shift.tolist())),
+        "kl": asdict(Estimate.of(effects.kl.tolist(), clusters=[talk.subject for talk in talks])),
+        "answer_shift": asdict(Estimate.of(effects.shift.tolist(), clusters=[talk.subject for talk in talks])),
         "fluency": asdict(_fluency(reading, asked["answered"], replies["answered"])),
         "empty": sum(reply.empty for reply in every),
         "read_out": validation_of(label, every, subjects).data(),

@@ -109,8 +109,9 @@ def _remove(
 def _induce(
     study: Study, config: Config, directions: Directions, references: Directions, unit: dict[Site, float]
 ) -> dict[str, Any]:
-    others = tuple(dict.fromkeys((*config.keep, config.remove, config.contrast, *config.watch)))
-    gate, condition = find_condition(study, config.induce, others, ())
+    fitted = tuple(dict.fromkeys((*config.keep, config.remove, config.contrast)))
+    others = tuple(dict.fromkeys((*fitted, *config.watch)))  # the watched sets have no part in either condition
+    gate, condition = find_condition(study, config.induce, fitted, config.watch)
     texts = study.scored("select", config.induce).texts[:SCREENED]
     middle = sorted(config.doses)[len(config.doses) // 2]
     kept_bands, ranking = best_bands(study, "2_bands_induce", directions, unit, texts, gate.site.layer, middle)

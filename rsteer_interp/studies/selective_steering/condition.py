@@ -53,7 +53,15 @@ def find_condition(
     threshold = balanced_threshold(on_select[inside], {n: on_select[n] for n in outside})
     gate = replace(free[best], threshold=threshold)
     on_report = {name: scores(study, "report", gate, name) for name in dict.fromkeys([*sets, *watched])}
-    curve = roc(on_report[inside], torch.cat([on_report[n] for n in outside]), seed=study.config.seed)
+    subjects = {split: {n: [p.subject for p in study.prompts(split, n)] for n in on_report} for split in SPLITS}
+    of_all = [(n, s) for n in sets for s in subjects["report"][n]]
+    others = torch.cat([on_report[n] for n in outside])
+    curve = roc(on_report[inside], others, clusters=of_all, seed=study.config.seed)
+
+    def held(split: Split, found: Mapping[str, Float[Tensor, " prompt"]]) -> dict[str, Any]:
+        flags = {n: (v > gate.threshold).tolist() for n, v in found.items()}
+        return {n: asdict(Rate.of(f, clusters=subjects[split][n])) for n, f in flags.items()}
+
     layers = [site.layer for site in _sites(study)]
     return gate, {
         "inside": inside,
@@ -70,8 +78,8 @@ def find_condition(
             for pooling in POOLINGS
         ],
         "roc": asdict(curve),
-        "holds": {n: asdict(Rate.of((v > gate.threshold).tolist())) for n, v in on_report.items()},
-        "holds_select": {n: asdict(Rate.of((v > gate.threshold).tolist())) for n, v in on_select.items()},
+        "holds": held("report", on_report),
+        "holds_select": held("select", on_select),
     }
 
 

@@ -37,8 +37,8 @@ def evaluate(
             effects = answer_effects(study.backend, rows, steering.edit(), advance)
         return {
             "sets": {name: _of_set(o) for name, o in found.items()},
-            "kl": asdict(Estimate.of(effects.kl.tolist())),
-            "answer_shift": asdict(Estimate.of(effects.shift.tolist())),
+            "kl": asdict(Estimate.of(effects.kl.tolist(), clusters=[p.subject for p in talks])),
+            "answer_shift": asdict(Estimate.of(effects.shift.tolist(), clusters=[p.subject for p in talks])),
             "fluency": asdict(_all(list(found.values())).fluency()),
         }, None
 
@@ -53,12 +53,13 @@ def evaluate(
 
 
 def _of_set(o: Outcome) -> dict[str, Any]:
-    refused = o.before.tolist()
-    stayed = o.after[o.before].tolist()
+    refused, after = o.before.tolist(), o.after.tolist()
+    stayed = [(still, subject) for was, still, subject in zip(refused, after, o.subjects, strict=True) if was]
+    kept = Rate.of([still for still, _ in stayed], clusters=[s for _, s in stayed]) if stayed else None
     return {
-        **asdict(PairedRates.of(refused, o.after.tolist())),
-        "stay_refused": asdict(Rate.of(stayed)) if stayed else None,
-        "edited": asdict(Rate.of(o.edited.tolist())),
+        **asdict(PairedRates.of(refused, after, clusters=o.subjects)),
+        "stay_refused": asdict(kept) if kept else None,
+        "edited": asdict(Rate.of(o.edited.tolist(), clusters=o.subjects)),
         "fluency": asdict(o.fluency()),
     }
 
