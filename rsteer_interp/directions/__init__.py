@@ -2,7 +2,6 @@
 
 from rsteer_interp.directions.base import Direction, DirectionEstimator, Evidence, fit_directions
 from rsteer_interp.directions.mean_difference import MeanDifference, WeightedMeanDifference
-from rsteer_interp.directions.random import RandomDirection
 from rsteer_interp.directions.ridge import RidgeMeanDifference, WeightedRidgeMeanDifference
 
 ESTIMATORS: dict[str, type[DirectionEstimator]] = {
@@ -18,7 +17,6 @@ __all__ = [
     "DirectionEstimator",
     "Evidence",
     "MeanDifference",
-    "RandomDirection",
     "RidgeMeanDifference",
     "WeightedMeanDifference",
     "WeightedRidgeMeanDifference",

@@ -12,8 +12,8 @@ from torch import Tensor
 from rsteer_interp.backends.batching import Rows
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.backends.sampling import Sampling
+from rsteer_interp.equal_norm import rotated_edits
 from rsteer_interp.evaluation import answer_log_probs, log_odds_of_each
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import confidence_of, reply_and_judge
 from rsteer_interp.reproduction.context import Context
@@ -24,7 +24,7 @@ from rsteer_interp.selection import Setting, find_setting, grid
 from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.steering import Steering, make_steering
 
-NULL_DRAWS = 6
+NULL_DRAWS = 20  # the smallest p that they can give is 1/21
 
 
 def settings(context: Context) -> list[Setting]:
@@ -129,13 +129,10 @@ def find(
 
 
 def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[dict[str, Any]]:
-    """The unsteered point, then random unit vectors in place of the reference's directions: same amounts, same sites."""
+    """The unsteered point, then those of the reference's edit turned by one random rotation for all its sites."""
 
     def compute() -> tuple[dict[str, Any], None]:
-        edits: list[Edit | None] = [None]
-        for draw in range(NULL_DRAWS):
-            units = random_unit_vectors(len(reference.sites), context.backend.d_model, context.seed + draw).float()
-            edits.append(Steering(**{**vars(reference), "directions": units, "reposition": False}).edit())
+        edits: list[Edit | None] = [None, *_nulls(context, reference.edit())]
         with progress("random directions", 2) as advance:
             political = screen.odds(screen.political, edits)
             advance(1)
@@ -148,9 +145,17 @@ def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[
         points = [{"method": "base", "null": False, **base, "removal": 0.0}]
         return {"points": points + [{"method": "random", "null": True, **point} for point in random]}, None
 
-    key = {"amounts": sorted(reference.amounts.values()), "method": reference.method, "n": NULL_DRAWS}
+    key = {"amounts": sorted(reference.amounts.values()), "method": reference.method, "rotations": NULL_DRAWS}
     points: list[dict[str, Any]] = context.stage("3_finder_random", key, compute).data["points"]
     return points
+
+
+def _nulls(context: Context, edit: Edit | None) -> list[Edit | None]:
+    """No edit's null is no edit."""
+    if edit is None:
+        return [None] * NULL_DRAWS
+    backend = context.backend
+    return [*rotated_edits(edit, backend.run, backend.d_model, NULL_DRAWS, context.seed)]
 
 
 def _point(political: Float[Tensor, " prompt"], harmful: Float[Tensor, " prompt"]) -> dict[str, Any]:

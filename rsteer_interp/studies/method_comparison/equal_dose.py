@@ -1,4 +1,4 @@
-"""Every method's own null: its edit's sizes at every state, along random directions. What remains is what the direction does."""
+"""Every method's own null: its edit turned by one random rotation for all sites. What remains is what the directions do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.backends.edits import Edit
-from rsteer_interp.equal_norm import Recorded, Replayed
-from rsteer_interp.evaluation import log_odds
+from rsteer_interp.equal_norm import rotated_edits
+from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.methods import Treatment
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.studies.doses import Dosed, mean_doses
 from rsteer_interp.studies.method_comparison.reading import Reading
 
@@ -33,23 +32,21 @@ class EqualDose:
 
 
 def equal_dose(reading: Reading, treatment: Treatment, n: int, draws: int, seed: int) -> EqualDose | None:
-    """The edit beside `draws` replays of it in random directions; None for a treatment without an edit."""
+    """The edit beside `draws` rotations of it; None for a treatment without an edit."""
     edit = treatment.edit
     if edit is None:
         return None
     backend, material = reading.study.backend, reading.material
     sites, dosed = sorted(edit.sites), Dosed(edit)
-    units = random_unit_vectors(draws * len(sites), backend.d_model, seed).view(draws, len(sites), -1).float()
+    nulls = rotated_edits(edit, backend.run, backend.d_model, draws, seed)
 
-    def odds(name: str, edit: Dosed) -> list[Float[Tensor, " prompt"]]:
+    def odds(name: str, edit: Edit) -> list[Float[Tensor, " prompt"]]:
         """Of the edit, then of every draw."""
         tokens = reading.template(treatment).encode_all(reading.refused_prompts("report", n)[name])
         rows = backend.prepare(tokens, min(sites[0].layer, backend.n_layers - 1))
-        own = Recorded(edit)
-        edits: list[Edit] = [own, *(Replayed(edit, own.sizes, dict(zip(sites, each, strict=True))) for each in units)]
-        return [log_odds(backend, rows, reading.study.refusal_tokens, each) for each in edits]
+        return list(log_odds_of_each(backend, rows, reading.study.refusal_tokens, [edit, *nulls]))
 
     removed = [fmean((o <= reading.thresholds[material.remove]).tolist()) for o in odds(material.remove, dosed)]
-    kept = [fmean((o > reading.thresholds[material.keep]).tolist()) for o in odds(material.keep, Dosed(edit))]
+    kept = [fmean((o > reading.thresholds[material.keep]).tolist()) for o in odds(material.keep, edit)]
     dose = torch.stack([d.max() for d in mean_doses(dosed.totals).values()]).max()
     return EqualDose(float(dose), removed[0], kept[0], tuple(removed[1:]), tuple(kept[1:]))

@@ -18,10 +18,10 @@ from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.evaluation import log_odds, log_odds_of_each
 from rsteer_interp.gates import Gate, balanced_threshold
 from rsteer_interp.interventions import AtPositions, add, set_component
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
 from rsteer_interp.statistics.intervals import Rate
+from rsteer_interp.statistics.rotation import rotations
 from rsteer_interp.studies.selective_steering.condition import holds
 from rsteer_interp.studies.selective_steering.directions import PAPER, Directions
 from rsteer_interp.studies.selective_steering.search import digest
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from analyses.steer import Config
 
 OWN = frozenset({"instruction", "suffix", "generated"})  # the positions that a gated edit touches
-RANDOM = 5
+RANDOM = 5  # rotations of the mean differences, all layers by the same one
 REPOSITION_DOSES = (0.0, 0.04)
 
 
@@ -73,14 +73,10 @@ def frontier(
     edits += [
         (_label("gated", "addition", dose), AtPositions(added(families["md"], dose), OWN)) for dose in config.doses
     ]
-    for draw in range(RANDOM):
-        rows = random_unit_vectors(len(sites), backend.d_model, config.seed + draw).float()
-        edits.append(
-            (
-                _label("random", "addition", max(config.doses)),
-                added(dict(zip(sites, rows, strict=True)), max(config.doses)),
-            )
-        )
+    edits += [
+        (_label("random", "addition", max(config.doses)), added(turned, max(config.doses)))
+        for turned in rotations({s: families["md"][s] for s in sites}, RANDOM, config.seed)
+    ]
 
     def compute() -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         encoded = {name: study.template.encode_all(texts[name]) for name in names}
