@@ -106,9 +106,9 @@ class Own(Around):
     once) x sites at which it acts x d x 4 bytes. UserError for an edit of single heads, whose outputs have other dimensions.
     """
 
-    run: Run
-    _last: dict[tuple[Tokens, ...], _Deltas] = field(default_factory=dict, repr=False)
-    _in_use: WeakKeyDictionary[Batch, _Deltas] = field(default_factory=WeakKeyDictionary, repr=False)
+    run: Run = field(repr=False, compare=False)
+    _last: dict[tuple[Tokens, ...], _Deltas] = field(default_factory=dict, repr=False, compare=False)
+    _in_use: WeakKeyDictionary[Batch, _Deltas] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         heads = sorted(site for site in self.edit.sites if site.point == "z")
@@ -142,8 +142,8 @@ class Rotated(Around):
     edit: Own
     images: Float[Tensor, "k d"]
     basis: Float[Tensor, "k d"] | None = None
-    _copies: dict[Any, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
-    _gaps: WeakKeyDictionary[Batch, Tensor] = field(default_factory=WeakKeyDictionary, repr=False)
+    _copies: dict[Any, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False, compare=False)
+    _gaps: WeakKeyDictionary[Batch, Tensor] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
 
     def decide_ahead(self, batch: Batch, memory: dict[Any, Any]) -> None:
         # What gates decided in the edit's own run holds while its null decodes.
