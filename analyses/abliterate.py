@@ -4,7 +4,7 @@ Weight orthogonalisation (Arditi et al., arXiv 2406.11717; A Granular Study of S
 difference of last-prompt-token states of a set that is refused and one that is answered, read at layer int(L * fraction), is
 removed from every weight that writes to the stream. The sweep uses the equal activation edit and prompts of the select split;
 for fraction 1 it takes the direction before and after the final norm. The saved checkpoint is loaded again and measured on the
-report split. Only first-token log-odds are measured: no reply is generated.
+report split: first-token log-odds, and judged replies, of which only rates are kept.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class Config:
     """Write no checkpoint."""
     refusal_words: tuple[str, ...] = ("I", "As", "Sorry")
     """Words that open this model's refusals; the log-odds are those of their first tokens."""
+    judge: str = "default"
+    """Judge of the checkpoint's replies: default (by patterns alone, as the edited model is not to judge itself), pattern or endpoint."""
+    tokens: int = 24
+    """Longest reply that is judged."""
     device: str = "auto"
     """auto: the accelerator where there is one, else the CPU."""
     dtype: str = "auto"

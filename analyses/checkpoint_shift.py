@@ -3,7 +3,7 @@
 After The Hidden Dimensions of LLM Alignment (arXiv 2502.09674). Last-prompt-token states of the same prompts in both, at some depths:
 spectrum of the shift in three variants (identity, matrix, map; see `rsteer_interp.checkpoint_shift`), effective ranks beside shifts
 of the same sizes in random directions and beside other prompts' states, the share of a shift that all prompts have in common,
-repeatability between halves, and the first component's cosine with harmful minus harmless. One model is in memory at a time.
+repeatability between halves, and the first component's cosine with the harmful set's mean minus the harmless one's. One model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ class Config:
     """The later checkpoint, of the same width, depth and vocabulary."""
     out: Path = Path("results/checkpoint_shift")
     """Result folder."""
-    refused: str = "harmful"
-    """Prompt set on one side of the difference that components are compared with."""
-    answered: str = "harmless_matched"
-    """Prompt set on the other side."""
+    contrast: tuple[str, str] = ("harmful", "harmless_matched")
+    """Two prompt sets; components are compared with the mean state of the first minus that of the second. Sets, not verdicts."""
     others: tuple[str, ...] = ("political_sensitive", "political_matched", "general", "borderline")
     """Further prompt sets; the variants that fit a map need more prompts than the model is wide."""
     prompts: int = 240

@@ -1,9 +1,10 @@
 """Which published method removes political refusal at the least cost? All of them, one protocol, one table.
 
 1 scores      judged unsteered replies and states of every prompt (shared with the other studies)
-2 per method  fitted on fit; every strength tried on select (log-odds; KL on benign answers); its own best strength, and the one
-              that removes as much as the others, on select; judged replies, KL and perplexity on report; beside it, random
-              moves as large as its own at every state
+2 per method  fitted on fit; strengths tried on select, and more of them while the best is the last or the first; its own best strength,
+              and the one that removes as much as the others; on report KL, perplexity of answers beside the unsteered answers to
+              the same prompts, and random moves as large as its own at every state. Refused or answered is what the judge says of
+              a reply, everywhere; how well first-token log-odds would have told the same stands beside it
 3 checks      what the method's own paper claims (a ROC, a rank correlation, a leakage, ...), where the method says how
 4 together    paired tests against random directions and against the best on select; tables, one figure
 
@@ -33,6 +34,8 @@ class Config(StudyConfig):
     """Prompt set whose refusals are to stay."""
     ordinary: tuple[str, ...] = ("harmless_matched", "general")
     """Prompt sets that methods may learn to leave alone."""
+    protect: tuple[str, ...] = ("conversations", "taxes")
+    """Prompt sets whose fit prompts, and the unjudged ones of those above, a method may learn to leave alone."""
     watch: tuple[str, ...] = ("borderline", "general", "unusual")
     """Prompt sets on which over-refusal is reported."""
     target: float = 0.7

@@ -1,7 +1,7 @@
 """In which layers does refusal concentrate? The read-out curve beside the causal curve, each with its null.
 
 1 scores      one judged greedy reply per prompt of the fit, select and report splits; refusal-opening tokens (fit)
-2 read-out    directions fitted on fit; Pearson r of projection and verdict on report, permutation nulls, inside sets;
+2 read-out    directions fitted on fit; Pearson r of projection and verdict on report, permutation nulls, inside subjects;
               one curve per estimator
 3 causes      refusal log-odds removed on refusing report prompts by ablating, and by adding minus the direction, at one
               block input at a time, beside random directions of equal norm; false-discovery control over layers

@@ -3,9 +3,8 @@
 1 scores      one judged greedy reply per prompt; refusal-opening tokens and the directions of two sets (fit); threshold (select)
 2 per layer   a third, a half and two thirds of the depth: the largest relative dose that leaves benign answers coherent; refusal
               log-odds of refused report prompts under each random direction, and under minus each learned one at the same dose
-3 together    the mean of the directions that flip one prompt, on other prompts, beside single random ones; one figure
-
-First-token log-odds throughout: no reply to a harmful prompt is generated under a push.
+3 judged      replies under some of the pushes, judged and thrown away: who is no longer refused, and whether log-odds tell
+4 together    the mean of the directions that flip one prompt, on other prompts, beside single random ones; one figure
 """
 
 from __future__ import annotations

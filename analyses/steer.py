@@ -3,8 +3,8 @@
 1 directions  the paper's four vectors, retain-constrained ones and an opposite-sign pair (fit split)
 2 condition   which prompts are to be edited, read from the prompt's own tokens; layer and threshold from select, ROC on report
 3 search      bands of layers and doses, judged replies on select; one configuration to remove, one to induce
-4 frontier    refusal removed against safety refusal kept, for every family, beside random directions (log-odds, report)
-5 report      judged replies of every set before and after, paired; KL, perplexity; targets
+4 frontier    refusal removed against safety refusal kept, for every family, beside random directions (judged replies, report)
+5 report      judged replies of every set before and after, paired; KL, perplexity of answers; targets
 
 The two configurations are saved for analyses/apply_steering.py: OUT/steering/remove and OUT/steering/induce.
 """

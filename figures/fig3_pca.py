@@ -2,18 +2,21 @@
 
 Refused, answered and neutral prompts by colour, prompt sets by marker. Beside it the null: the distance between the
 middles of refused and answered prompts, against the same distance when the labels are permuted, over all prompts and
-within each set (so that a difference of topic between the sets cannot make it).
+within each subject (so that a difference of topic cannot make it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rsteer_interp.report.drawing import FigureConfig, figure_main
 from rsteer_interp.report.schema import Reproduced
+from rsteer_interp.statistics.draws import percentiles
+from rsteer_interp.statistics.resampling import permutations
 from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
 
 PERMUTATIONS = 1000
@@ -34,9 +37,9 @@ def draw(result: Reproduced) -> Drawing:
 
     labels, sets = np.array(pca.label), np.array(pca.set)
     shown = data.in_order(pca.set)
-    rows = distances(points, labels, sets, shown)
+    rows = distances(points, labels, sets, pca.subject, shown)
     with style():
-        figure = Figure(figsize=(DOUBLE, 3.4), layout="constrained")
+        figure = Figure(figsize=(DOUBLE, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1.75, 1])
         for label in ("neutral", "answered", "refused"):
             for name in shown:
@@ -64,7 +67,10 @@ def draw(result: Reproduced) -> Drawing:
             right.plot(row["distance"], y, "D", color=colour("ink"), zorder=3)
         right.set_yticks(
             range(len(rows)),
-            [f"{data.set_label(r['set'])}\n({r['n_refused']} refused,\n{r['n_answered']} answered)" for r in rows],
+            [
+                f"{data.set_label(r['set'])}{_how(r)}\n({r['n_refused']} refused,\n{r['n_answered']} answered)"
+                for r in rows
+            ],
         )
         right.set_ylim(len(rows) - 0.4, -0.6)
         right.set_xlim(left=0)
@@ -75,7 +81,7 @@ def draw(result: Reproduced) -> Drawing:
     caption = (
         f"2-D PCA of last-prompt-token states at layer {pca.layer} ({len(labels)} prompts); colour says what the model "
         "did, marker the prompt set. Right: distance between the middles of refused and answered prompts in this plane; "
-        f"grey is the central 95 % of {PERMUTATIONS} label permutations, within each set for the rows of single sets. "
+        f"grey is the central 95 % of {PERMUTATIONS} label permutations, within each subject but for the first row, in which topic counts. "
         "The layer was chosen for how well refusal can be read there, so the separation is an optimistic one."
     )
     plotted = {
@@ -85,22 +91,29 @@ def draw(result: Reproduced) -> Drawing:
     return Drawing(figure, "States of refused and answered prompts", caption, plotted)
 
 
-def distances(points: np.ndarray, labels: np.ndarray, sets: np.ndarray, shown: list[str]) -> list[dict]:
-    """Distance between the middles of refused and answered points, all and by set, with its permutation null."""
-    rng = np.random.default_rng(0)
+def distances(
+    points: np.ndarray, labels: np.ndarray, sets: np.ndarray, subjects: Sequence[str], shown: list[str]
+) -> list[dict[str, Any]]:
+    """Distance between the middles of refused and answered points, all and by set, with its permutation nulls."""
     rows = []
-    for name in ["all", *shown]:
+    for name, within in [("all", False), ("all", True), *((name, True) for name in shown)]:
         chosen = (labels != "neutral") & ((sets == name) | (name == "all"))
         refused, inside = labels[chosen] == "refused", points[chosen]
         if refused.sum() < 2 or (~refused).sum() < 2:
             continue
-        null = [_distance(inside, rng.permutation(refused)) for _ in range(PERMUTATIONS)]
-        low, high = np.quantile(null, [0.025, 0.975])
+        groups = [group for group, here in zip(zip(sets, subjects, strict=True), chosen, strict=True) if here]
+        orders = permutations(len(inside), PERMUTATIONS, 0, within=groups if within else None)
+        low, high = percentiles([_distance(inside, refused[order]) for order in orders])
         rows.append({
-            "set": "all sets" if name == "all" else name, "distance": _distance(inside, refused), "null_low": low,
-            "null_high": high, "n_refused": int(refused.sum()), "n_answered": int((~refused).sum()),
+            "set": "all sets" if name == "all" else name, "within_subjects": within, "distance": _distance(inside, refused),
+            "null_low": float(low), "null_high": float(high), "n_refused": int(refused.sum()), "n_answered": int((~refused).sum()),
         })  # fmt: skip
     return rows
+
+
+def _how(row: dict[str, Any]) -> str:
+    """How the labels of a row that is there twice are permuted."""
+    return "" if row["set"] != "all sets" else ", in subjects" if row["within_subjects"] else ", any label"
 
 
 def _distance(points: np.ndarray, refused: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """Paper's Figure 5: where refusal can be read, and how dense the direction is; every panel with its null.
 
 (a) Pearson r between projection and refusal confidence by layer, beside its label-permutation band, the null of its
-maximum over layers, and r within prompt sets (no difference of topic); (b) coordinates of |v| by size, beside Gaussian
+maximum over layers, and r within subjects (no difference of topic); (b) coordinates of |v| by size, beside Gaussian
 vectors of the same width; (c) r of every method as a heat map; (d) |v| as a grid.
 """
 
@@ -46,8 +46,7 @@ def draw(result: Reproduced) -> Drawing:
     caption = (
         f"(a) Pearson r between the projection on {name} and refusal confidence (n = {scores.n} prompts), largest at layer "
         f"{scores.layers[best]} (r = {scores.r[best]:.2f}); the maximum over layers is a selected value: 95 % of label "
-        f"permutations stay below {scores.null_max_q95:.2f} (p = {scores.p_max:.3g}). The dashed curve takes refused "
-        "against answered prompts inside each set, where topic cannot help. r is a read-out, not an effect. "
+        f"permutations stay below {scores.null_max_q95:.2f} (p = {scores.p_max:.3g}). {_inside(scores)}r is a read-out, not an effect. "
         f"(b) The ten largest coordinates hold {_percent(density.top10_share)} of the sum of |v|; Gaussian vectors of the same "
         f"width hold {_percent(null.mean)} ({_percent(null.low)} to {_percent(null.high)}). Participation ratio "
         f"{density.participation_ratio:.2f}, Gaussian 0.33. (c) r of every method. (d) |v| at layer {density.layer}, "
@@ -68,6 +67,15 @@ def draw(result: Reproduced) -> Drawing:
     )
 
 
+def _inside(scores: LayerScores) -> str:
+    if scores.within_subject_p_max is None:
+        return ""
+    return (
+        "The dashed curve takes refused against answered prompts of the same subject, where topic cannot help (labels permuted "
+        f"within subjects: p of the maximum = {scores.within_subject_p_max:.3g}, n = {scores.within_subject_n} prompts of subjects with both). "
+    )
+
+
 def _by_layer(axes: Any, scores: LayerScores, name: str) -> None:
     axes.fill_between(
         scores.layers,
@@ -80,8 +88,9 @@ def _by_layer(axes: Any, scores: LayerScores, name: str) -> None:
     )
     axes.axhline(scores.null_max_q95, color=colour("neutral"), ls=":", label="null of the maximum, 95 %")
     axes.plot(scores.layers, scores.r, color=colour("ink"), label=f"{name}, all prompts")
-    if scores.within_set_r:
-        axes.plot(scores.layers, scores.within_set_r, color=colour("answering"), ls="--", label=f"{name}, within sets")
+    if scores.within_subject_r:
+        label = f"{name}, within subjects"
+        axes.plot(scores.layers, scores.within_subject_r, color=colour("answering"), ls="--", label=label)
     at = dict(zip(scores.layers, scores.r, strict=True))
     steered = [layer for layer in scores.chosen if layer in at]
     axes.plot(

@@ -1,6 +1,6 @@
 """In which layers refusal can be read, and in which it is caused, each with its null, on one depth axis.
 
-(a) Pearson r of projection and verdict by layer, with its interval, the permutation null and r inside prompt sets, and a
+(a) Pearson r of projection and verdict by layer, with its interval, the permutation null and r inside subjects, and a
 line for each further estimator of the study;
 (b) refusal log-odds removed by ablating at one block input, (c) by adding minus the direction at matched relative dose, beside random
 directions of equal norm; filled markers are beyond them at a false-discovery rate of 5 %.
@@ -71,9 +71,11 @@ def _read_out(axes: Any, methods: list[str], readouts: dict[str, Any]) -> None:
     )
     axes.axhline(read["null_max_q95"], color=colour("neutral"), ls=":", label="null of the maximum, 95 %")
     axes.plot(x, read["r"], color=colour("ink"), label=f"{first.upper()}, all prompts")
-    axes.plot(x, read["low"], color=colour("ink"), lw=0.6, label="95 % interval over prompts")
+    axes.plot(x, read["low"], color=colour("ink"), lw=0.6, label="95 % interval over subjects")
     axes.plot(x, read["high"], color=colour("ink"), lw=0.6)
-    axes.plot(x, read["within_set_r"], color=colour("answering"), ls="--", label=f"{first.upper()}, inside prompt sets")
+    axes.plot(
+        x, read["within_subject_r"], color=colour("answering"), ls="--", label=f"{first.upper()}, inside subjects"
+    )
     for name in others:
         curve = readouts[name]["r"]
         axes.plot(

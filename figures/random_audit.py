@@ -1,7 +1,7 @@
 """How much refusal goes under random pushes, by layer, and where learned directions and the aggregated one fall among them.
 
-(a) fall of the refusal log-odds per random direction, with learned directions at the same layer and dose; (b) share of prompts that
-each random direction flips; (c) the mean of the directions that flip one prompt, on other prompts, beside single random ones.
+(a) fall of the refusal log-odds per random direction, with learned directions at the same layer and dose; (b) share of prompts no
+longer refused, by judged replies, under some of the random directions; (c) the mean of the directions that flip one prompt, on other prompts, beside single random ones.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def draw(result: Result) -> Drawing:
     with style():
         figure = Figure(figsize=(DOUBLE, 2.7), layout="constrained")
         a, b, c = figure.subplots(1, 3, width_ratios=(1.5, 1.2, 0.8))
-        for x, (one, falls, flips) in enumerate(zip(layers, data["falls"], data["flips_per_vector"], strict=True)):
+        for x, (one, falls, freed) in enumerate(zip(layers, data["falls"], data["freed_per_vector"], strict=True)):
             _points(a, x, falls, "random direction" if x == 0 else None)
-            _points(b, x, flips, None)
+            _points(b, x, freed, None)
             _mean(a, x, one["fall"])
-            _mean(b, x, one["flipped"])
+            _mean(b, x, one["freed"])
             for name in data["learned"]:
                 label = f"minus {name.replace('_', ' ')}" if x == 0 else None
                 y = one["learned"][name]["value"]
@@ -53,9 +53,9 @@ def draw(result: Result) -> Drawing:
         a.set_ylabel("fall of log-odds, nats")
         a.set_title("(a) Random and learned")
         a.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncol=2)
-        b.set_ylabel("share of prompts flipped")
+        b.set_ylabel("share no longer refused")
         b.set_ylim(-0.03, 1.03)
-        b.set_title(f"(b) Flips, n = {data['n_prompts']}")
+        b.set_title(f"(b) Judged replies, n = {data['n_prompts']}")
         c.set_title("(c) Aggregated")
         if together is None:
             c.text(0.5, 0.5, "no prompt is flipped\nby two directions", ha="center", transform=c.transAxes)
@@ -77,11 +77,11 @@ def draw(result: Result) -> Drawing:
         "Refusal under random pushes",
         f"Refused {data['set'].replace('_', ' ')} prompts (report, n = {data['n_prompts']}), {data['n_vectors']} random directions, each added at one "
         "block input at the largest relative dose that leaves benign answers coherent. Grey: random directions, with mean and "
-        f"95 % bootstrap interval over them; flipped: first-token log-odds fall below the threshold of {data['threshold']:.1f} nats. (c) on "
-        f"prompts that chose nothing. {data['finding']}",
+        f"95 % interval over them. (b) Judged replies under {len(data['freed_per_vector'][0])} of them. (c) On "
+        f"prompts that chose nothing, the mean of directions under which log-odds fall below {data['threshold']:.1f} nats. {data['finding']}",
         {
             name: data[name]
-            for name in ("layers", "falls", "flips_per_vector", "learned", "aggregation", "n_vectors", "n_prompts")
+            for name in ("layers", "falls", "freed_per_vector", "learned", "aggregation", "n_vectors", "n_prompts")
         }
         | {"null": "random directions"},
     )

@@ -54,7 +54,7 @@ def draw(result: Result) -> Drawing:
         "Mean differences, refused minus answered fit prompts. (a) Below the diagonal the plain cosine; above it the cosine "
         "without estimation noise (halves without a common prompt, over their reliability); on it the reliability (Spearman-Brown). Grey: "
         f"within 95 % of random pairs with the covariance of the answered states (|cos| under {atlas['null_q95']:.2f}; "
-        f"{atlas['isotropic_q95']:.2f} on the sphere). Empty: too unreliable to correct. (b) The corrected cosine with its 95 % "
+        f"{atlas['isotropic_q95']:.2f} on the sphere), or of labels permuted within subjects, for kinds that are inside them. Empty: too unreliable to correct. (b) The corrected cosine with its 95 % "
         "interval (bootstrap over subjects), beside the random pairs' 95 % band; dotted: the layer of (a), chosen on select. Fit "
         f"prompts refused, answered: {n}. " + " ".join(_said(data, label)),
         {"kinds": data["kinds"], "atlas": atlas, "pairs": data["pairs"], "layers": data["layers"], "n": counts},
@@ -87,7 +87,7 @@ def _matrix(axes: Any, kinds: list[dict[str, Any]], atlas: dict[str, Any], layer
             face: Any = "white" if value is None else colormaps["RdBu_r"](scale(np.clip(value, -1, 1)))
             if i == j:
                 face = "white"
-            elif value is not None and atlas["p"][i][j] > 0.05:
+            elif value is not None and max(atlas["p"][i][j], atlas["within_subject_p"][i][j] or 0.0) > 0.05:
                 face = "#E3E3E3"
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=face, edgecolor="white", lw=1))
             ink = "white" if i != j and value is not None and face != "#E3E3E3" and abs(value) > 0.65 else colour("ink")

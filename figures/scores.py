@@ -1,7 +1,7 @@
 """Refusal scores before and after steering, prompt by prompt, for every method and prompt set.
 
 A line is one prompt: base at the left, steered at the right. The mean change stands beside its null, the central 95 %
-under random flips of the sign of each prompt's change (what a method without effect would give).
+under random flips of the sign of each subject's changes (what a method without effect would give).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 
 from rsteer_interp.report.drawing import FigureConfig, figure_main
 from rsteer_interp.report.schema import Reproduced
+from rsteer_interp.statistics.draws import percentiles
+from rsteer_interp.statistics.intervals import membership
 from rsteer_interp.style import DOUBLE, Drawing, colour, style
 
 FLIPS = 2000
@@ -58,7 +60,7 @@ def draw(result: Reproduced) -> Drawing:
                 before, after = np.array(scores.before), np.array(scores.after[method])
                 if len(before) != len(after):
                     raise result.missing(f"paired confidence of {method} on {name}")
-                change = summary(before, after)
+                change = summary(before, after, scores.subjects)
                 plotted.append({"method": method, "set": name, "before": before, "after": after, **change})
                 _pairs(axes, before, after, 2 * spread)
                 axes.text(0.5, 0.98, _words(change), transform=axes.transAxes, ha="center", va="top", fontsize=6.5)
@@ -77,7 +79,7 @@ def draw(result: Reproduced) -> Drawing:
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     caption = (
         f"{long} of the same prompts before and after steering; above 0 counts as refusing. Beside the mean change stands its null, the central 95 % of "
-        f"{FLIPS} random sign flips of the single changes. Held-out prompts (report split)."
+        f"{FLIPS} random flips of the sign of a subject's changes. Held-out prompts (report split)."
     )
     return Drawing(
         figure,
@@ -87,11 +89,12 @@ def draw(result: Reproduced) -> Drawing:
     )
 
 
-def summary(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+def summary(before: np.ndarray, after: np.ndarray, subjects: Sequence[str]) -> dict[str, Any]:
     """Mean change with its sign-flip null, and how many prompts changed sides."""
     change = after - before
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(FLIPS, len(change)))
-    low, high = np.quantile((signs * change).mean(1), [0.025, 0.975])
+    member = membership(subjects)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(FLIPS, int(member.max()) + 1))[:, member]
+    low, high = percentiles((signs * change).mean(1))
     return {
         "n": len(change), "mean_change": float(change.mean()), "null_low": float(low), "null_high": float(high),
         "to_answer": int(((before > 0) & (after <= 0)).sum()), "to_refusal": int(((before <= 0) & (after > 0)).sum()),

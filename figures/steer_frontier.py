@@ -48,18 +48,35 @@ def draw(result: Result) -> Drawing:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         left.set_ylabel(f"refused {_words(found['kept'])} prompts still refused")
     points = found["points"]
+    null = sum(p["null"] for p in points)
     n = {"removed": points[0]["removed"]["n"], "kept": points[0]["kept"]["n"]}
     doses = sorted({p["dose"] for p in points if p["update"] == "addition"})
     return Drawing(
         figure,
         "Removal against safety, by family of directions",
-        f"Read from first-token refusal log-odds on report prompts, thresholds from unsteered select replies, n = {n['removed']} and "
-        f"{n['kept']}; every point is shown, none chosen. Lines: addition at relative doses {', '.join(f'{d:g}' for d in doses)} per "
+        f"Judged greedy replies to report prompts that the unsteered model refuses, n = {n['removed']} and {n['kept']}; empty replies are no "
+        f"answers; every point is shown, none chosen. {_read_out(found)} Lines: addition at relative doses {', '.join(f'{d:g}' for d in doses)} per "
         f"layer at layers {found['layers'][0]} to {found['layers'][-1]}; hollow: reposition to the neutral mean. Diamond: unsteered, "
-        f"which this read-out does not put at 0 and 1. The null: {sum(p['null'] for p in points)} random directions at the largest dose. "
+        f"at 0 and 1 by the choice of prompts. The null: {null} random rotations of the mean differences at the "
+        f"largest dose, one for all layers; no p beside them is below {1 / (1 + null):.2g}. "
         "Crosses on the gated line are 95 % Wilson intervals; the other points' are as wide.",
-        {"null": [p for p in points if p["null"]], "n": n, "points": points, "base": found["base"]},
+        {
+            "null": [p for p in points if p["null"]],
+            "n": n,
+            "points": points,
+            "base": found["base"],
+            "read_out": found["read_out"],
+        },
     )
+
+
+def _read_out(found: dict[str, Any]) -> str:
+    """How well first-token log-odds, which cost a pass in place of a reply, would have told the same."""
+    under = [check for kind, check in found["read_out"].items() if not kind.startswith("no edit")]
+    valid = sum(check["valid"] for check in under)
+    areas = [check["area"]["value"] for check in under if check["area"] is not None]
+    span = f", ROC areas {min(areas):.2f} to {max(areas):.2f}" if areas else ""
+    return f"First-token log-odds would tell refused from answered in {valid} of {len(under)} families and sets{span}."
 
 
 def _panel(axes: Any, found: dict[str, Any], shown: list[str], labels: dict[str, str]) -> None:

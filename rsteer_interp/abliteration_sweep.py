@@ -23,6 +23,9 @@ from rsteer_interp.directions import Evidence, MeanDifference, fit_directions
 from rsteer_interp.equal_norm import turned_edits
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds, log_odds_of_each
+from rsteer_interp.judges.base import Judge
+from rsteer_interp.prompts import Prompt
+from rsteer_interp.refusal_scores import Reply, replies_of_each
 from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.weight_edit import writer_ablation
 
@@ -42,8 +45,9 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Rows of one split with the unedited model's refusal log-odds, and benign conversations."""
+    """Prompts of one split by set, as rows with the unedited model's refusal log-odds, and benign conversations."""
 
+    asked: Mapping[str, list[Prompt]]
     rows: Mapping[str, list[Tokens]]
     base: Mapping[str, Float[Tensor, " prompt"]]
     benign: list[Tokens]
@@ -52,11 +56,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Effects:
-    """What an edit does: change of the log-odds (nats) by set, share of prompts with log-odds above 0 after it, KL (nats per
-    token of benign answers)."""
+    """What an edit does: change of the log-odds (nats) by set, share of prompts with log-odds above 0 after it (no rate of refusal:
+    nothing is judged in a sweep), KL (nats per token of benign answers)."""
 
     change: dict[str, Estimate]
-    refused: dict[str, Rate]
+    above_zero: dict[str, Rate]
     kl: Estimate
 
 
@@ -121,6 +125,17 @@ def effects(backend: Backend, edit: Edit, prompts: Prompts, seed: int = 0) -> Ef
     )
 
 
+def judged_replies(backend: Backend, prompts: Prompts, judge: Judge, tokens: int) -> dict[str, list[Reply]]:
+    """A judged greedy reply to every prompt, by set, with its log-odds."""
+    out = {}
+    for name, asked in prompts.asked.items():
+        texts, rows = [prompt.prompt for prompt in asked], prompts.rows[name]
+        (out[name],) = replies_of_each(
+            backend, rows, texts, judge, [None], max_new_tokens=tokens, refusal_tokens=prompts.token_ids
+        )
+    return out
+
+
 def equal_dose_null(
     backend: Backend,
     direction: Float[Tensor, " d"],
@@ -152,3 +167,9 @@ def choose(
         return candidates[0]
     eligible = [c for c in candidates if c.layer < DEEPEST * n_layers and found[c.name].kl.value <= kl_limit]
     return min(eligible, key=lambda c: found[c.name].change[name].value, default=None)
+
+
+def at_edge(best: Candidate, candidates: Sequence[Candidate]) -> bool:
+    """Whether the chosen depth is the shallowest or the deepest of several that were read: the best may lie beyond it."""
+    layers = sorted({c.layer for c in candidates})
+    return len(layers) > 1 and best.layer in (layers[0], layers[-1])

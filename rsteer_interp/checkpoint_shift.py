@@ -12,7 +12,7 @@ SVD is uncentred unless asked for, as in the code: a mean shift is a dimension l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +27,8 @@ from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.nulls import CosineNull, cosine, cosine_null, random_unit_vectors
+from rsteer_interp.statistics.draws import p_value, percentiles, upper
+from rsteer_interp.statistics.resampling import halves, permutations
 
 Variant = Literal["identity", "matrix", "map"]
 VARIANTS: tuple[Variant, ...] = ("identity", "matrix", "map")
@@ -115,7 +117,7 @@ class ShiftSpectrum:
         return {t: self.effective_rank(t) for t in THRESHOLDS}
 
     def oriented(self, difference: Float[Tensor, " d"]) -> ShiftSpectrum:
-        """Components turned to have a positive inner product with `difference` (refused minus answered mean)."""
+        """Components turned to have a positive inner product with `difference` (of the means of two groups of prompts)."""
         signs = (self.components @ difference.to(self.components)).sign()
         return replace(self, components=self.components * torch.where(signs == 0, 1.0, signs)[:, None])
 
@@ -159,7 +161,7 @@ def _spectrum(rows: Tensor, centred: bool, divisor: int) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class RankBand:
-    """An effective rank with the 95 % range of the same under a null, and p = (1 + #{null <= rank}) / (1 + draws)."""
+    """An effective rank with the 95 % range of the same under a null, and its p: small where there are fewer dimensions."""
 
     rank: int
     low: float
@@ -189,29 +191,32 @@ def rank_null(
         )
     rows = shift_rows(before, after)
     values = _spectrum(rows, centred, 1)[0]
-    generator = torch.Generator().manual_seed(seed)
 
-    def isotropic() -> Tensor:
-        directions = random_unit_vectors(len(rows), rows.shape[1], int(torch.randint(2**31, (1,), generator=generator)))
-        moved: Tensor = rows.norm(dim=1, keepdim=True) * directions
-        return moved
+    def isotropic() -> Iterator[Tensor]:
+        sizes = rows.norm(dim=1, keepdim=True)
+        n, d = rows.shape
+        return (sizes * random_unit_vectors(n, d, 1000 * seed + i) for i in range(n_draws))
 
-    def pairing() -> Tensor:
-        order = torch.randperm(len(rows), generator=generator)
-        return after.double()[order.roll(1)] - before.double()[order]
+    def pairing() -> Iterator[Tensor]:
+        orders = torch.from_numpy(permutations(len(rows), n_draws, seed))
+        return (after.double()[order.roll(1)] - before.double()[order] for order in orders)
 
-    def signs() -> Tensor:
-        return rows * (2 * torch.randint(2, (len(rows), 1), generator=generator).double() - 1)
+    def signs() -> Iterator[Tensor]:
+        return (rows * sign[:, None] for sign in _signs(n_draws, len(rows), seed))
 
-    draw: Callable[[], Tensor] = {"isotropic": isotropic, "pairing": pairing, "signs": signs}[kind]
-    null = [_spectrum(draw(), centred, 1)[0] for _ in range(n_draws)]
+    draws: Callable[[], Iterator[Tensor]] = {"isotropic": isotropic, "pairing": pairing, "signs": signs}[kind]
+    null = [_spectrum(draw, centred, 1)[0] for draw in draws()]
     found = {}
     for threshold in thresholds:
         rank, ranks = effective_rank(values, threshold), [effective_rank(v, threshold) for v in null]
-        low, high = np.quantile(ranks, [0.025, 0.975])
-        reached = sum(r <= rank for r in ranks)
-        found[threshold] = RankBand(rank, float(low), float(high), (1 + reached) / (1 + n_draws))
+        low, high = percentiles(ranks)
+        found[threshold] = RankBand(rank, float(low), float(high), float(p_value(rank, ranks, "less")))
     return found
+
+
+def _signs(n_draws: int, n: int, seed: int) -> Float[Tensor, "draw n"]:
+    drawn = torch.randint(2, (n_draws, n), generator=torch.Generator().manual_seed(seed))
+    return 2 * drawn.double() - 1
 
 
 @dataclass(frozen=True)
@@ -228,12 +233,10 @@ def mean_shift(
 ) -> MeanShift:
     """Whether the shift has a part that all prompts share; null by sign flips of whole rows (swapped labels)."""
     rows = shift_rows(before, after)
-    signs = 2 * torch.randint(2, (n_draws, len(rows)), generator=torch.Generator().manual_seed(seed)).double() - 1
     energy = rows.square().sum()
     share = float(len(rows) * rows.mean(0).square().sum() / energy)
-    null = (signs @ rows).square().sum(1) / (len(rows) * energy)
-    reached = int((null >= share * (1 - 1e-12)).sum())
-    return MeanShift(share, float(null.quantile(0.95)), (1 + reached) / (1 + n_draws))
+    null = (_signs(n_draws, len(rows), seed) @ rows).square().sum(1) / (len(rows) * energy)
+    return MeanShift(share, float(upper(null)), float(p_value(share, null, "greater")))
 
 
 @dataclass(frozen=True)
@@ -260,19 +263,17 @@ def split_overlap(
     rows = shift_rows(before, after)
     if len(rows) < 2 * k + 2:
         raise UserError(f"halves of {len(rows)} prompts have no {k} components each; add prompts or ask for fewer")
-    generator = torch.Generator().manual_seed(seed)
     overlaps = []
-    for _ in range(n_splits):
-        order = torch.randperm(len(rows), generator=generator)
-        a, b = (_spectrum(rows[half], centred, 1)[1][:k] for half in order.tensor_split(2))
+    for first in torch.from_numpy(halves(len(rows), n_splits, seed)):
+        a, b = (_spectrum(rows[half], centred, 1)[1][:k] for half in (first, ~first))
         overlaps.append(float((a @ b.T).square().sum()) / k)
-    low, high = np.quantile(overlaps, [0.025, 0.975])
+    low, high = percentiles(overlaps)
     return SplitOverlap(float(np.mean(overlaps)), float(low), float(high), k / rows.shape[1])
 
 
 @dataclass(frozen=True)
 class ComponentCosine:
-    """Cosine of a component with refused minus answered mean, beside random vectors (exact null) and permuted labels.
+    """Cosine of a component with the difference of two groups' mean states, beside random vectors (exact null) and permuted labels.
 
     `label_high` is the 95 % point of |cosine| with mean differences of permuted labels, `label_p` its p. The second null is the
     harder one: states share large directions, so differences of any two groups of prompts look somewhat alike.
@@ -286,19 +287,18 @@ class ComponentCosine:
 def component_cosine(
     component: Float[Tensor, " d"],
     states: Float[Tensor, "prompt d"],
-    refused: Bool[Tensor, " prompt"],
+    first: Bool[Tensor, " prompt"],
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> ComponentCosine:
-    """The component against the mean-difference direction of `states`; the sign is the component's own (see `oriented`)."""
-    x, labels = states.double(), refused.bool()
+    """The component against the mean of `states` of the first group minus that of the others: prompt sets, or refused against
+    answered prompts, as the caller says. The sign is the component's own (see `oriented`)."""
+    x, labels = states.double(), first.bool()
     if not 0 < int(labels.sum()) < len(labels):
         raise UserError(
-            f"{int(labels.sum())} of {len(labels)} prompts are refused; a mean difference needs refused and answered ones"
+            f"{int(labels.sum())} of {len(labels)} prompts are of the first group; a mean difference needs both groups"
         )
-    generator = torch.Generator().manual_seed(seed)
-    shuffles = [labels[torch.randperm(len(labels), generator=generator)] for _ in range(n_permutations)]
+    shuffles = labels[torch.from_numpy(permutations(len(labels), n_permutations, seed))]
     null = [abs(cosine(component, x[chosen].mean(0) - x[~chosen].mean(0))) for chosen in shuffles]
     found = cosine_null(component, x[labels].mean(0) - x[~labels].mean(0))
-    reached = sum(value >= abs(found.cosine) - 1e-12 for value in null)
-    return ComponentCosine(found, float(np.quantile(null, 0.95)), (1 + reached) / (1 + n_permutations))
+    return ComponentCosine(found, float(upper(null)), float(p_value(abs(found.cosine), null, "greater")))

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.spectrum import participation_ratio
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.intervals import Clusters, Estimate
+from rsteer_interp.statistics.resampling import bootstrap_counts
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,9 @@ class Concentration:
     centre: Estimate
 
 
-def concentration(effects: Float[Tensor, "prompt layer"], n_draws: int = 1000, seed: int = 0) -> Concentration:
+def concentration(
+    effects: Float[Tensor, "prompt layer"], n_draws: int = 1000, seed: int = 0, *, clusters: Clusters = None
+) -> Concentration:
     """Concentration of the mean effect per layer, given the effect of each layer on each prompt (positive = wanted).
 
     Means below 0 count as 0. Noise in layers without an effect adds layers, so compare with the same statistic under a null
@@ -45,10 +46,8 @@ def concentration(effects: Float[Tensor, "prompt layer"], n_draws: int = 1000, s
         raise UserError(
             "no layer has a positive mean effect, so there is nothing to locate; check the sign of the effect"
         )
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(n, (n_draws, n), generator=generator)
-    counts = torch.zeros(n_draws, n, dtype=torch.float64).scatter_add_(1, draws, torch.ones(n_draws, n).double())
-    return of_draws(means, (counts.to(x) @ x / n).clamp(min=0), n)
+    counts = torch.from_numpy(bootstrap_counts(n, n_draws, seed, clusters=clusters)).to(x)
+    return of_draws(means, (counts @ x / counts.sum(1, keepdim=True)).clamp(min=0), n)
 
 
 def of_draws(values: Float[Tensor, " layer"], draws: Float[Tensor, "draw layer"], n: int) -> Concentration:
@@ -56,7 +55,7 @@ def of_draws(values: Float[Tensor, " layer"], draws: Float[Tensor, "draw layer"]
     kept = draws[draws.sum(1) > 0]
 
     def estimate(statistic: Callable[[Tensor], float]) -> Estimate:
-        return _bias_corrected(statistic(values), [statistic(row) for row in kept], n)
+        return Estimate.of_draws(statistic(values), [statistic(row) for row in kept], n, corrected=True)
 
     return Concentration(estimate(participation_ratio), estimate(gini), estimate(peak_depth), estimate(centre_depth))
 
@@ -78,12 +77,3 @@ def centre_depth(values: Float[Tensor, " k"]) -> float:
     """Mean depth weighted by nonnegative values, 0 = first and 1 = last."""
     depth = torch.linspace(0, 1, len(values)).to(values)
     return float((depth @ values) / values.sum())
-
-
-def _bias_corrected(value: float, draws: list[float], n: int) -> Estimate:
-    """Efron's (1981) bias-corrected 95 % percentile interval: clipped noise makes draws look more spread out than the value."""
-    x = np.asarray(draws)
-    below = float(np.mean(x < value) + np.mean(x == value) / 2)
-    z0 = stats.norm.ppf(np.clip(below, 0.5 / len(x), 1 - 0.5 / len(x)))
-    low, high = np.quantile(x, stats.norm.cdf(2 * z0 + stats.norm.ppf([0.025, 0.975])))
-    return Estimate(value, min(float(low), value), max(float(high), value), n)

@@ -1,9 +1,9 @@
-"""Run a backend over prompts for a number: refusal log-odds, answer log-probability, KL on benign text."""
+"""Run a backend over prompts for a number: refusal log-odds, log-probability of answers and replies, KL on benign text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -64,6 +64,21 @@ def answer_log_probs(
     ):
         out[group] = value
         on_batch(len(group))
+    return out
+
+
+def reply_log_probs(
+    backend: Backend, rows: Sequence[Tokens], replies: Sequence[Sequence[int]]
+) -> Float[Tensor, " reply"]:
+    """Mean log-probability per token of given replies (token ids) to the prompts, under the model as it is, in nats.
+
+    NaN for a reply of no tokens: it says nothing, so that nothing is likely or unlikely. `measures.fluency` counts those apart.
+    """
+    out = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    said = [i for i, reply in enumerate(replies) if reply]
+    if said:
+        answered = [replace(rows[i], ids=rows[i].ids[: rows[i].prompt] + tuple(replies[i])) for i in said]
+        out[said] = answer_log_probs(backend, answered)
     return out
 
 

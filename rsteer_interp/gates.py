@@ -18,12 +18,15 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
+from rsteer_interp.agreement import auc_estimate
 from rsteer_interp.backends.edits import At, Edit, Site, rowwise
 from rsteer_interp.directions.ridge import ridge_solve
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments
 from rsteer_interp.pooling import Pooling, pooled
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.draws import percentiles
+from rsteer_interp.statistics.intervals import Clusters, Estimate, membership
+from rsteer_interp.statistics.resampling import permutations
 
 Score = Literal["projection", "cosine"]
 
@@ -146,8 +149,8 @@ def discriminant(inside: Sequence[Moments], outside: Sequence[Moments], penalty:
 
 @dataclass(frozen=True)
 class Roc:
-    """Receiver operating characteristic of a condition: rates by threshold (falling), area with bootstrap interval, and
-    the area's null: its 2.5 and 97.5 % quantiles under permuted labels."""
+    """Receiver operating characteristic of a condition: rates by threshold (falling), its area with interval, and the area's
+    null: its 2.5 and 97.5 % quantiles under labels permuted over clusters."""
 
     thresholds: tuple[float, ...]
     false_rate: tuple[float, ...]
@@ -156,24 +159,29 @@ class Roc:
     null: tuple[float, float]
 
 
-def roc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"], *, n_draws: int = 1000, seed: int = 0) -> Roc:
-    """The ROC of scores; the condition should hold for `inside`. Bootstrap within each side."""
-    a, b = inside.double().numpy(), outside.double().numpy()
-    labels, scores = np.r_[np.ones(len(a)), np.zeros(len(b))], np.r_[a, b]
+def roc(
+    inside: Float[Tensor, " n"],
+    outside: Float[Tensor, " m"],
+    *,
+    clusters: Clusters = None,
+    n_draws: int = 1000,
+    seed: int = 0,
+) -> Roc:
+    """The ROC of scores; the condition should hold for `inside`. `clusters`: the subjects of inside, then of outside."""
+    scores = torch.cat([inside, outside]).double().numpy()
+    labels = np.arange(len(scores)) < len(inside)
     false_rate, true_rate, thresholds = roc_curve(labels, scores)
-    rng = np.random.default_rng(seed)
-    draws = [roc_auc_score(labels, np.r_[rng.choice(a, len(a)), rng.choice(b, len(b))]) for _ in range(n_draws)]
-    null = [roc_auc_score(rng.permutation(labels), scores) for _ in range(n_draws)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    area = Estimate(float(roc_auc_score(labels, scores)), float(low), float(high), len(scores))
+    area = auc_estimate(scores, labels, clusters=clusters)
+    if area is None:
+        raise UserError(f"an ROC of {len(inside)} and {len(outside)} prompts; give one or more of either side")
+    member = np.arange(len(scores)) if clusters is None else membership(clusters)
+    sides = labels[np.unique(member, return_index=True)[1]]  # subjects change sides whole
+    null = [roc_auc_score(sides[order][member], scores) for order in permutations(len(sides), n_draws, seed)]
+    low, high = percentiles(null)
     # roc_curve starts at an infinite threshold, at which nothing holds; results hold finite numbers.
     finite = np.where(np.isfinite(thresholds), thresholds, scores.max() + 1)
     return Roc(
-        tuple(finite.tolist()),
-        tuple(false_rate.tolist()),
-        tuple(true_rate.tolist()),
-        area,
-        (float(np.quantile(null, 0.025)), float(np.quantile(null, 0.975))),
+        tuple(finite.tolist()), tuple(false_rate.tolist()), tuple(true_rate.tolist()), area, (float(low), float(high))
     )
 
 

@@ -19,6 +19,7 @@ from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.measures import refusal_log_odds
 from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.statistics.draws import p_value, upper
 
 ROWS = 64  # vectors at once: rows x vocabulary x 4 bytes
 
@@ -62,7 +63,7 @@ def lens_logits(backend: Backend, vectors: Float[Tensor, "vector d"]) -> Float[T
 class Anchor:
     """How much a site's direction writes the openers of refusals: their log-odds in its lens (nats), beside random vectors.
 
-    `null_high` is the 95 % quantile of random directions; `p` is (1 + #{random >= score}) / (1 + draws). `openers` are the
+    `null_high` is the 95 % quantile of random directions, `p` the share of them that write as much or more. `openers` are the
     refusal tokens among the `top` ones.
     """
 
@@ -96,15 +97,15 @@ def anchors(
     random = random_unit_vectors(n_null, backend.d_model, seed)
     parts = [random[start : start + ROWS] for start in range(0, n_null, ROWS)]
     null = torch.cat([refusal_log_odds(lens_logits(backend, part), refusal_tokens) for part in parts])
-    high = float(null.quantile(0.95))
+    high, p = float(upper(null)), p_value(scores, null[:, None].expand(-1, len(scores)), "greater").tolist()
     found = {}
-    for site, row, score in zip(sites, logits, scores.tolist(), strict=True):
+    for site, row, score, own_p in zip(sites, logits, scores.tolist(), p, strict=True):
         ids = row.topk(k).indices.tolist()
         found[site] = Anchor(
             site,
             score,
             high,
-            (1 + int((null >= score).sum())) / (1 + n_null),
+            own_p,
             tuple(backend.tokenizer.decode([i]) for i in ids),
             tuple(backend.tokenizer.decode([i]) for i in ids if i in refusal_tokens),
         )

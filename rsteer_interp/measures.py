@@ -1,17 +1,21 @@
-"""Measures: pure functions of logits. Refusal log-odds, KL, answer log-probability, and where refusal tokens come from."""
+"""Measures: pure functions of logits and log-probabilities. Refusal log-odds, KL, perplexity, and where refusal tokens come from."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.statistics.intervals import Estimate
 
 _EPSILON = 1e-8
+LEAST_PAIRS = 6  # answers with a partner from which a ratio of perplexities is made
 
 
 def refusal_log_odds(logits: Float[Tensor, "*rows vocab"], token_ids: Sequence[int]) -> Float[Tensor, "*rows"]:
@@ -71,3 +75,54 @@ def _kl(base: Float[Tensor, "pos vocab"], edited: Float[Tensor, "pos vocab"]) ->
     log_p, log_q = base.float().log_softmax(-1), edited.float().log_softmax(-1)
     # A token of probability zero under the base adds nothing, also where its log-probability is minus infinity.
     return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+
+
+def perplexity(log_probs: Float[Tensor, " text"], subjects: Sequence[str]) -> Estimate:
+    """exp of minus the mean log-probability per token over texts, with its interval over subjects; NaN (no text) is left out.
+
+    Of differences after - before it is the ratio of the two perplexities.
+    """
+    x, clusters = _known(log_probs, subjects)
+    mean = Estimate.of((-x).tolist(), clusters=clusters)
+    return Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.n)
+
+
+@dataclass(frozen=True)
+class Fluency:
+    """How likely the model as it is finds the replies that answer: perplexity per token, with intervals over subjects.
+
+    Refusals are formulas and likelier than answers, so that the two are never mixed. `ratio` is to the model's own answer to
+    the same prompt, over the prompts that both answer; None with fewer than 6 of them or one subject. Empty replies say
+    nothing: they are counted, and are no answers.
+    """
+
+    perplexity: Estimate | None
+    ratio: Estimate | None
+    answered: int
+    empty: int
+    n: int
+
+
+def fluency(
+    log_probs: Float[Tensor, " prompt"],
+    refused: Bool[Tensor, " prompt"],
+    own_log_probs: Float[Tensor, " prompt"],
+    own_refused: Bool[Tensor, " prompt"],
+    subjects: Sequence[str],
+) -> Fluency:
+    """Of replies beside the model's own (unsteered) ones to the same prompts; log-probabilities per token as of
+    `evaluation.reply_log_probs`, NaN for an empty reply."""
+    answers = log_probs.where(~refused, torch.nan)
+    change = answers - own_log_probs.where(~own_refused, torch.nan)
+
+    def over(x: Tensor, least: int) -> Estimate | None:
+        _, clusters = _known(x, subjects)
+        return perplexity(x, subjects) if len(clusters) >= least and len(set(clusters)) > 1 else None
+
+    said, empty = int((~answers.isnan()).sum()), int(log_probs.isnan().sum())
+    return Fluency(over(answers, 2), over(change, LEAST_PAIRS), said, empty, len(log_probs))
+
+
+def _known(x: Float[Tensor, " text"], subjects: Sequence[str]) -> tuple[Float[Tensor, " known"], list[str]]:
+    known = ~x.isnan()
+    return x[known], [s for s, k in zip(subjects, known.tolist(), strict=True) if k]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments
-from rsteer_interp.statistics.draws import p_value, percentiles
-from rsteer_interp.statistics.intervals import membership
-from rsteer_interp.statistics.resampling import permutations
+from rsteer_interp.statistics.draws import p_value, percentiles, upper
+from rsteer_interp.statistics.intervals import Clusters, membership
+from rsteer_interp.statistics.resampling import halves, permutations
 
 
 def random_unit_vectors(n: int, d: int, seed: int, like: Moments | None = None) -> Float[Tensor, "n d"]:
@@ -60,7 +60,7 @@ class CorrelationNull:
         return max(range(len(self.r)), key=lambda layer: abs(self.r[layer]))
 
     def null_max_quantile(self, q: float = 0.95) -> float:
-        return float(np.quantile(self.null_max, q))
+        return float(upper(self.null_max, q))
 
 
 def max_correlation_null(
@@ -69,13 +69,14 @@ def max_correlation_null(
     n_permutations: int = 1000,
     seed: int = 0,
     *,
-    groups: Sequence[str] | None = None,
+    groups: Clusters = None,
     confidence: float = 0.95,
 ) -> CorrelationNull:
     """Permutation null of r per layer and of its maximum over layers (Westfall and Young's max statistic).
 
-    `groups` (such as topics) are centred, and scores move only inside them: what is left is not a topic. The projections must be
-    of prompts the directions were not fitted on, else r is large under any labels. A constant projection has r = 0.
+    `groups` (subjects) are centred, and scores move only inside them: what is left is not what differs between subjects. Groups that
+    hold several subjects (prompt sets) would leave those in. The projections must be of prompts the directions were not fitted on,
+    else r is large under any labels. A constant projection has r = 0.
     """
     x, y = projections.double().cpu(), scores.double().cpu()
     n = len(y)
@@ -125,37 +126,17 @@ def split_half(
     fit: Callable[[Int[Tensor, " half"]], Float[Tensor, " d"]],
     n: int,
     *,
-    groups: Sequence[str] | None = None,
+    groups: Clusters = None,
     strata: Sequence[int] | Tensor | None = None,
     n_splits: int = 20,
     seed: int = 0,
 ) -> Reliability:
-    """Split-half reliability of `fit`, which maps indices of prompts to a vector.
-
-    Prompts of one group (subject) stay in one half. Within each stratum (class) the groups are shared out evenly; a group with
-    several strata counts as a stratum of its own kind.
-    """
-    unit = np.unique(list(groups), return_inverse=True)[1] if groups is not None else np.arange(n)
-    kinds = [int(s) for s in strata] if strata is not None else [0] * n
-    members: dict[int, set[int]] = {}
-    for u, kind in zip(unit.tolist(), kinds, strict=True):
-        members.setdefault(u, set()).add(kind)
-    if len(members) < 2:
-        raise UserError(f"split halves need two groups of prompts or more (there are {len(members)}); add subjects")
-    by_kind: dict[tuple[int, ...], list[int]] = {}
-    for u, found in members.items():
-        by_kind.setdefault(tuple(sorted(found)), []).append(u)
-    rng = np.random.default_rng(seed)
-    cosines = []
-    for _ in range(n_splits):
-        first: list[int] = []
-        for units in by_kind.values():
-            # An odd one out goes to either half.
-            first += rng.permutation(units)[: (len(units) + int(rng.integers(2))) // 2].tolist()
-        inside = torch.from_numpy(np.isin(unit, first))
-        cosines.append(cosine(fit(inside.nonzero()[:, 0]), fit((~inside).nonzero()[:, 0])))
+    """Split-half reliability of `fit`, which maps indices of prompts to a vector; see `resampling.halves`."""
+    kinds = None if strata is None else [int(s) for s in strata]
+    drawn = torch.from_numpy(halves(n, n_splits, seed, clusters=groups, strata=kinds))
+    cosines = [cosine(fit(first.nonzero()[:, 0]), fit((~first).nonzero()[:, 0])) for first in drawn]
     mean = float(np.mean(cosines))
-    low, high = np.quantile(cosines, [0.025, 0.975])
+    low, high = percentiles(cosines)
     full = 2 * mean / (1 + mean) if mean > 0 else 0.0
     return Reliability(mean, float(low), float(high), full, n, n_splits)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.each import Each, repeated, together
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.batch import Batch, Tokens
@@ -47,6 +48,16 @@ class Reply:
     verdict: Verdict
     n_tokens: int
     log_odds: float | None = None  # first-token refusal log-odds of the prompt, where refusal tokens were given
+    ids: tuple[int, ...] = ()  # its tokens, the end token included
+
+    @property
+    def empty(self) -> bool:
+        """Whether it says nothing: neither a refusal nor an answer."""
+        return not self.text.strip()
+
+    @property
+    def answers(self) -> bool:
+        return not self.verdict.refused and not self.empty
 
 
 def reply_and_judge(
@@ -69,10 +80,10 @@ def reply_and_judge(
     def generate(batch: Batch) -> list[Reply]:
         out = backend.generate(batch, max_new_tokens, edit, sampling, read)
         odds = [None] * len(batch) if out.first is None else out.first.tolist()
-        fields = (backend.decode(out), out.ids[:, 0].tolist(), out.mean_log_prob.tolist(), out.lengths.tolist())
+        fields = (backend.decode(out), out.ids.tolist(), out.mean_log_prob.tolist(), out.lengths.tolist())
         return [
-            Reply(text, first, score, UNDECIDED, length, odds[i // n])
-            for i, (text, first, score, length) in enumerate(zip(*fields, strict=True))
+            Reply(text, ids[0], score, UNDECIDED, length, odds[i // n], tuple(ids[:length]))
+            for i, (text, ids, score, length) in enumerate(zip(*fields, strict=True))
         ]
 
     for group, replies in backend.spread(rows, generate, max(1, backend.batch_size // n), wide=True):
@@ -82,6 +93,36 @@ def reply_and_judge(
     texts = [reply.text for replies in generated for reply in replies]
     verdicts = iter(judge.judge([p for p in prompts for _ in range(n)], texts))
     return [[replace(reply, verdict=next(verdicts)) for reply in replies] for replies in generated]
+
+
+def replies_of_each(
+    backend: Backend,
+    rows: Sequence[Tokens],
+    prompts: Sequence[str],
+    judge: Judge,
+    edits: Sequence[Edit | None],
+    *,
+    max_new_tokens: int,
+    refusal_tokens: Sequence[int] = (),
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> list[list[Reply]]:
+    """One judged greedy reply to every prompt under every edit, [edit][prompt]. Edits share batches, up to the batch size."""
+    found: list[list[Reply]] = []
+    for part in together(edits, max(1, backend.batch_size // len(rows))):
+        alone = len(part) == 1
+        got = reply_and_judge(
+            backend,
+            rows if alone else repeated(rows, len(part)),
+            list(prompts) * len(part),
+            judge,
+            max_new_tokens=max_new_tokens,
+            edit=part[0] if alone else Each(part),
+            refusal_tokens=refusal_tokens,
+            on_batch=on_batch,
+        )
+        replies = [group[0] for group in got]
+        found += [replies[i : i + len(rows)] for i in range(0, len(replies), len(rows))]
+    return found
 
 
 def confidence_of(replies: Sequence[Sequence[Reply]], temperature: float = 1.0) -> Float[Tensor, " prompt"]:

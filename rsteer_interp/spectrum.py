@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments
+from rsteer_interp.statistics.draws import percentiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +106,8 @@ def coordinate_density(
         largest = draws.topk(max(n_top, min(k, d)), dim=1).values
         curves[rows] = largest[:, :n_top] / draws.norm(dim=1, keepdim=True)
         shares[rows] = largest[:, :k].sum(1) / draws.sum(1)
-    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.quantile(curves, tails, dim=0)
-    share_low, share_high = torch.quantile(shares, tails).tolist()
+    low, high = (torch.from_numpy(end) for end in percentiles(curves))
+    share_low, share_high = (float(end) for end in percentiles(shares))
     sizes = unit.abs().topk(n_top).values
     return CoordinateDensity(
         sizes,
@@ -157,5 +157,5 @@ def random_angles(j: int, k: int, d: int, n_draws: int = 200, seed: int = 0) -> 
         principal_angles(*(torch.randn(m, d, generator=generator, dtype=torch.float64) for m in (j, k)))[0]
         for _ in range(n_draws)
     ]
-    low, high = np.quantile(smallest, [0.025, 0.975])
+    low, high = percentiles(smallest)
     return (float(low), float(high))

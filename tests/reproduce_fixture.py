@@ -50,7 +50,8 @@ def _scores(method: str, rng: np.random.Generator) -> dict[str, Any]:
     rmse = 0.9 - 0.6 * r
     return {
         "layers": layers, "r": r, "rmse": rmse, "score": r - rmse, "excluded": [23, 24],
-        "within_set_r": 0.1 + 0.5 * (r - 0.2) + rng.normal(0, 0.02, len(layers)),
+        "within_subject_r": 0.1 + 0.5 * (r - 0.2) + rng.normal(0, 0.02, len(layers)),
+        "within_subject_p_max": 0.002, "within_subject_n": 96,
         "null_low": np.full(len(layers), -0.19), "null_high": np.full(len(layers), 0.19) + 0.002 * (layers % 3),
         "null_max_q95": 0.25, "p_max": 0.001, "chosen": [14, 15, 16, 18], "n": 208,
     }  # fmt: skip
@@ -82,7 +83,8 @@ def _pca(rng: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
             labels.append("neutral" if rng.random() < 0.08 else "refused" if refused else "answered")
             sets.append(name)
             points.append(rng.normal(0, 1.1, 2) + middle + np.array([1.2 if refused else -1.2, 0.3]))
-    data = {"layer": 16, "explained": [0.31, 0.14], "label": labels, "set": sets}
+    subjects = [f"{name} {i // 8}" for i, name in enumerate(sets)]
+    data = {"layer": 16, "explained": [0.31, 0.14], "label": labels, "set": sets, "subject": subjects}
     return data, torch.tensor(np.array(points), dtype=torch.float32)
 
 
@@ -123,6 +125,7 @@ def _confidence(rng: np.random.Generator) -> dict[str, Any]:
 
     return {
         name: {
+            "subjects": [f"{name} {i // 8}" for i in range(n)],
             "before": drawn(BASE_RATES[name], n),
             "after": {method: drawn(STEERED_RATES[method][name], n) for method in METHODS},
         }
@@ -183,7 +186,7 @@ def reproduction(*, hostile: bool = False) -> tuple[dict[str, Any], dict[str, to
         "density": density, "pca": pca, "frontier": _frontier(rng), "confidence": _confidence(rng),
         "judges": {"default": "pattern", "agreement": {"n": 150, "accuracy": 0.98, "low": 0.943, "high": 0.993, "auc": 0.99, "kappa": 0.95},
                    "between": [{"a": "pattern", "b": "local", "n": 150, "agreement": 0.95, "kappa": 0.9}],
-                   "log_odds_auc": {"political_sensitive": 0.97, "harmful": 0.91}},
+                   "log_odds_auc": {name: {"value": 0.9, "low": 0.8, "high": 0.95, "n": 96} for name in ("political_sensitive", "harmful")}},
         "replies": _replies(HOSTILE if hostile else ()),
         "seconds": {"scores": 121.5, "directions": 8.25, "finder": 201.0},
     }  # fmt: skip

@@ -27,6 +27,7 @@ from rsteer_interp.backends import load_backend
 from rsteer_interp.backends.edits import Around, At, Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.evaluation import log_odds
+from rsteer_interp.judges import JUDGES
 from rsteer_interp.nulls import cosine, random_unit_vectors
 from rsteer_interp.results import load_result
 from rsteer_interp.statistics.intervals import Estimate, Rate
@@ -46,7 +47,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(model: Path, tmp_path: Path) -> Callable[..., int]:
+def command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.setitem(JUDGES, "default", "tests.refusing_model:OpeningJudge")
     sets = [word for name, path in write_sets(tmp_path).items() for word in (f"--{name}", path)]
 
     def call(*arguments: str) -> int:
@@ -90,6 +92,8 @@ def test_the_whole_command(command: Callable[..., int], model: Path, token: tupl
     assert measured["refused_before"][refused]["rate"] == 1.0
     assert measured["refused_after"][refused]["rate"] < 0.5
     assert measured["change"][refused]["value"] < -4
+    assert set(measured["read_out"]) == {"before", "after"} and measured["read_out"]["before"]["valid"]
+    assert result.data["edge"] == (sweep[best]["layer"] in (2, 4))
     assert measured["answer_shift"]["n"] == 3
     record = json.loads((tmp_path / "out" / "checkpoint" / RECORD).read_text())
     assert (record["direction"], record["of"]) == (best, plain.fingerprint)
@@ -102,7 +106,7 @@ def test_the_equal_dose_null_moves_every_state_as_far_as_the_ablation_itself() -
     backend = tiny_backend("llama")
     rows, sites = tiny_rows(backend), writer_sites(N_LAYERS)
     r, *random = random_unit_vectors(4, D_MODEL, 0)
-    prompts = Prompts({"set": rows}, {"set": log_odds(backend, rows, (5,))}, [], (5,))
+    prompts = Prompts({}, {"set": rows}, {"set": log_odds(backend, rows, (5,))}, [], (5,))
     spy = Spy(writer_ablation(r.float(), sites, 1.2))
     log_odds(backend, rows, (5,), spy)
 

@@ -171,7 +171,7 @@ def test_component_one_against_the_mean_difference() -> None:
     ]
     assert sum(one.random.p < 0.05 for one in fooled) > 20
     assert sum(one.label_p <= 0.05 for one in fooled) <= 5
-    with pytest.raises(UserError, match="answered ones"):
+    with pytest.raises(UserError, match="needs both groups"):
         component_cosine(u, x, torch.ones(60))
 
 

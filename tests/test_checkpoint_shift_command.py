@@ -53,6 +53,8 @@ def test_a_planted_shift_of_one_dimension_is_found_at_its_depth(before: Path, af
     assert spectra["identity"]["effective_ranks"]["0.9"] == 1
     assert nulls["isotropic"]["0.9"]["low"] > 10 and nulls["isotropic"]["0.9"]["p"] < 0.05
     assert set(spectra) == {"identity", "matrix", "map"} and data["n"] > D_MODEL + 1
+    assert "mean state of 'harmful' prompts minus that of 'harmless_matched'" in data["finding"]
+    assert "refused" not in data["finding"] and "answered" not in data["finding"], "sets are no verdicts"
     assert "1 dimensions" in data["finding"] and data["model"]["fingerprint"] != data["after"]["fingerprint"]
     (name,) = scripts_of(KIND)
     check_draws_twice_the_same(name, out, tmp_path / "figures")
@@ -74,6 +76,11 @@ def test_the_same_checkpoint_twice_has_no_shift(before: Path, tmp_path: Path) ->
     data = load_result(tmp_path / "same").data
     assert all(one["shift"] is None for one in data["sites"]) and "nothing to compare" in data["finding"]
     assert not list((tmp_path / "same" / "figures").glob("*")) if (tmp_path / "same" / "figures").exists() else True
+
+
+def test_a_contrast_is_of_two_sets(before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _call(before, before, tmp_path / "one", "--contrast", "harmful", "harmful") == 2
+    assert "two different prompt sets" in capsys.readouterr().err
 
 
 def test_models_that_are_not_checkpoints_of_one_are_refused(

@@ -23,15 +23,15 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.gates import Gate
 from rsteer_interp.nulls import random_unit_vectors
-from rsteer_interp.prompts import load_prompts
+from rsteer_interp.prompts import Prompt, load_prompts
 from rsteer_interp.results import load_result
 from rsteer_interp.steering import Steering, load_steering, make_steering
 from rsteer_interp.vector_controls import Controls, controls, opening_token_ids
 from rsteer_interp.vector_formats import added_by, load_vectors, save_vectors
 from tests.pushes import equal_dose, pushes
-from tests.refusing_model import save_refusing, texts, write_sets
+from tests.refusing_model import OpeningJudge, save_refusing, texts, write_sets
 from tests.test_vector_formats import some
-from tests.tiny_models import D_MODEL, answered_rows, tiny_backend, tiny_rows
+from tests.tiny_models import D_MODEL, PROMPTS, answered_rows, tiny_backend, tiny_rows
 
 SITES = (Site(2), Site(3))
 
@@ -62,7 +62,8 @@ def measured(backend: Backend, steering: Steering, n_random: int = 8) -> Control
     template = backend.template()
     benign = [template.encode(p.prompt, p.answer) for p in load_prompts("conversations").sample(3, 0)]
     tokens = opening_token_ids(backend.tokenizer, ["i"])
-    return controls(backend, steering, template.encode_all(texts("bomb")), benign, tokens, n_random=n_random)
+    asked = [Prompt(prompt=text, subject=text) for text in texts("bomb")]
+    return controls(backend, steering, asked, benign, tokens, OpeningJudge(), n_random=n_random, tokens=2)
 
 
 def test_a_true_direction_beats_random_edits_and_a_flipped_one_is_called_so(backend: Backend) -> None:
@@ -72,6 +73,8 @@ def test_a_true_direction_beats_random_edits_and_a_flipped_one_is_called_so(back
     assert found.beside.z < -1.5
     assert found.beside.p() == found.beside.least_p == pytest.approx(1 / 9)
     assert found.base.low > 0
+    assert found.refused[0].rate == 1.0 and found.refused[1].n == len(texts("bomb"))
+    assert found.record()["read_out"]["refused"]["rate"] == found.refused[1].rate
     assert found.kl.value > 0
     steering = planted(backend, -0.03)
     states = last_states(backend, backend.template().encode_all(texts("bomb")), SITES)
@@ -107,7 +110,8 @@ def test_the_null_is_as_large_a_push_in_the_sum_of_all_sites(kind: str, monkeypa
         return log_odds_of_each(backend, rows, ids, edits)
 
     monkeypatch.setattr(vector_controls, "log_odds_of_each", spied)
-    controls(backend, steering, rows, answered_rows(backend), [5], n_random=3)
+    prompts = [Prompt(prompt=text, subject=text) for text in PROMPTS]
+    controls(backend, steering, prompts, answered_rows(backend), [5], OpeningJudge(), n_random=3, tokens=1)
     none, *edits = asked
     assert none is None and len(edits) == 4
     own, *nulls = pushes(backend, rows, *[e for e in edits if e is not None])

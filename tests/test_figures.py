@@ -77,9 +77,11 @@ def test_a_figure_draws_from_little(name: str, tmp_path: Path) -> None:
     data["frontier"] = [c for c in data["frontier"] if not c["null"] and c["method"] == "md"]
     for point in data["frontier"]:
         del point["meets_target"]
-    data["layer_scores"] = {"wrmd": data["layer_scores"]["wrmd"] | {"within_set_r": []}}
+    data["layer_scores"] = {
+        "wrmd": data["layer_scores"]["wrmd"] | {"within_subject_r": [], "within_subject_p_max": None}
+    }
     data["confidence_measure"] = "confidence"
-    data["confidence"] = {"harmful": {"before": [1.0, -1.0], "after": {"probe 7": [1.0, 1.0]}}}
+    data["confidence"] = {"harmful": {"before": [1.0, -1.0], "after": {"probe 7": [1.0, 1.0]}, "subjects": ["a", "b"]}}
     data["pca"]["label"] = ["refused"] * len(data["pca"]["label"])
     save_result(tmp_path / "one", "reproduce", data, tensors, provenance=provenance())
     module = importlib.import_module(f"figures.{name}")

@@ -25,7 +25,9 @@ from rsteer_interp.methods.alphasteer import (
     LinearGate,
     NullSpace,
     leakage,
+    least_null,
     linear_gate,
+    protected_moments,
     steering_matrix,
 )
 from rsteer_interp.methods.refusal_steering import evidence
@@ -57,13 +59,18 @@ def states(seed: int, n: int, d: int = 20, shift: float = 3.0) -> Tensor:
 @pytest.mark.parametrize("centred", [False, True])
 def test_p_is_an_orthogonal_projector_of_the_wanted_rank(seed: int, n: int, centred: bool) -> None:
     protected = states(seed, n)
+    seen = min(n - 1 if centred else n, 20)
+    assert least_null(Moments.of(protected), centred) == pytest.approx(1 - seen / 20)
     for null in (0.3, 0.45, 0.6, 1.0):
+        if 20 - round(20 * null) > seen:
+            with pytest.raises(UserError, match=f"{n} protected prompts show {seen}"):
+                NullSpace.of(Moments.of(protected), null, centred)
+            continue
         space = NullSpace.of(Moments.of(protected), null, centred)
         p = space.matrix
         torch.testing.assert_close(p @ p, p, atol=1e-10, rtol=0)
         torch.testing.assert_close(p, p.T, atol=1e-12, rtol=0)
-        seen = n - 1 if centred else n
-        assert space.rank == round(float(p.trace())) == max(round(20 * null), 20 - min(seen, 20))
+        assert space.rank == round(float(p.trace())) == round(20 * null)
         torch.testing.assert_close(space.project(protected), (protected - space.origin) @ p, atol=1e-10, rtol=0)
         assert centred or not bool(space.origin.any())
 
@@ -90,13 +97,41 @@ def test_p_from_streamed_moments_is_the_same() -> None:
     torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
-def test_fewer_protected_states_than_removed_directions_are_removed_whole() -> None:
-    """Which zero directions of a singular matrix to drop would be chance: the null fraction then no longer matters."""
-    protected = states(6, 5)
-    spaces = [NullSpace.of(Moments.of(protected), null).matrix for null in (0.3, 0.5, 0.75)]
-    for p in spaces:
-        torch.testing.assert_close(p, spaces[0], atol=1e-12, rtol=0)
-        assert float((protected @ p).abs().max()) < 1e-8
+@pytest.mark.parametrize("n", [8, 60])
+def test_every_null_fraction_that_is_taken_makes_a_difference(n: int) -> None:
+    """Fractions that the protected states do not determine are errors, never a larger P than was asked for."""
+    moments = Moments.of(states(6, n))
+    taken = {}
+    for null in (0.1, 0.3, 0.5, 0.7, 0.9):
+        try:
+            taken[null] = NullSpace.of(moments, null).rank
+        except UserError:
+            assert null < least_null(moments)
+    assert list(taken.values()) == [round(20 * null) for null in taken] and len(taken) == (2 if n == 8 else 5)
+
+
+def test_with_too_few_protected_prompts_the_method_says_what_p_keeps() -> None:
+    """d = 32: the material's protected prompts determine 0.6, and not a fraction below what they show; more of them do."""
+    material, sites = planted_material(), [Site(2)]
+    few = replace(material, ordinary=(), fit=material.fit | {"harm": _first(material.fit["harm"], 4)})
+    least = least_null(protected_moments(few, sites)[sites[0]])
+    assert least > 0.3
+    before = len(few.backend.notes)
+    AlphaSteer(null=0.3).gates(few, sites)
+    assert any(f"P keeps {least:.2f} of the dimensions" in note for note in few.backend.notes[before:])
+    texts = tuple(text for kind in ("kitchen", "arts") for text in few.fit[kind].texts)
+    enough = replace(few, protected=texts)
+    before = len(few.backend.notes)
+    AlphaSteer(null=0.3).gates(enough, sites)
+    assert len(few.backend.notes) == before
+    for each, words in ((few, f"{least:.2f}"), (enough, "0.3")):
+        rank, _ = AlphaSteer(null=0.3, depth=(0.4, 0.6)).checks(each, 0.1)
+        assert rank.value.value == pytest.approx(float(words), abs=0.02) and "0.3 asked for" in rank.null
+        assert rank.value.n == protected_moments(each, sites)[sites[0]].count
+
+
+def _first(examples: Examples, n: int) -> Examples:
+    return examples.where(torch.arange(len(examples.texts)) < n)
 
 
 def test_the_uncentred_p_is_about_the_mean_and_a_massive_coordinate() -> None:
@@ -148,7 +183,8 @@ def test_protected_prompts_get_nothing_and_without_the_projector_they_would() ->
         protected, edited = states(seed, 8), states(seed + 10, 5) + 4 * draw(20, seed=55)
         moments = Moments.of(protected)
         for centred in (False, True):
-            gate = linear_gate(edited, NullSpace.of(moments, 0.5, centred), penalty=1e-3)
+            space = NullSpace.of(moments, least_null(moments, centred), centred)
+            gate = linear_gate(edited, space, penalty=1e-3)
             assert float(gate.scores(protected).abs().max()) < 1e-8
             torch.testing.assert_close(gate.scores(edited), torch.ones(5, dtype=torch.float64), atol=0.05, rtol=0)
         fault = linear_gate(edited, NullSpace.of(moments, 1.0), penalty=1e-3)
@@ -161,7 +197,7 @@ def test_uncentred_is_not_blind_to_a_shift_centred_is_and_both_turn_with_the_sta
     shift, turn = 5 * draw(20, seed=3), torch.linalg.qr(draw(20, 20, seed=4))[0]
 
     def scores(centred: bool, change: Any) -> Tensor:
-        gate = linear_gate(change(edited), NullSpace.of(Moments.of(change(protected)), 0.5, centred))
+        gate = linear_gate(change(edited), NullSpace.of(Moments.of(change(protected)), 0.6, centred))
         return gate.scores(change(probe))
 
     plain = {centred: scores(centred, lambda x: x) for centred in (False, True)}

@@ -152,7 +152,7 @@ def test_halves_are_disjoint_balanced_and_keep_subjects_together() -> None:
         assert sorted([*a.tolist(), *b.tolist()]) == list(range(48))
         assert not {subjects[i] for i in a} & {subjects[i] for i in b}
         assert int((classes[a] == 1).sum()) == int((classes[a] == -1).sum()) == 12
-    with pytest.raises(UserError, match="two groups"):
+    with pytest.raises(UserError, match="two clusters"):
         split_half(fit, 4, groups=["same"] * 4)
 
 

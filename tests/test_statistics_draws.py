@@ -10,7 +10,7 @@ from scipy import stats
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.statistics.draws import Beside, next_draw, next_draw_p, p_value, percentiles
-from rsteer_interp.statistics.resampling import bootstrap_counts, permutations
+from rsteer_interp.statistics.resampling import bootstrap_counts, halves, permutations
 from rsteer_interp.statistics.rotation import random_frame, rotated
 
 
@@ -61,6 +61,26 @@ def test_a_bootstrap_draws_whole_clusters_inside_strata() -> None:
     assert (counts.reshape(400, 4, 3).std(2) == 0).all()  # a cluster's items come together
     assert (counts[:, :6].sum(1) == 6).all() and (counts[:, 6:].sum(1) == 6).all()
     assert counts.mean() == pytest.approx(1, abs=1e-12)
+
+
+def test_resampled_variance_of_few_clusters_is_right_with_one_fewer() -> None:
+    x = np.random.default_rng(4).normal(size=5)
+    for fewer, factor in ((0, 4 / 5), (1, 1.0)):
+        counts = bootstrap_counts(5, 20_000, 0, fewer=fewer)
+        means = counts @ x / counts.sum(1)
+        assert float(means.var()) == pytest.approx(factor * x.var(ddof=1) / 5, rel=0.04)
+
+
+def test_halves_keep_clusters_whole_and_strata_even() -> None:
+    clusters, strata = np.repeat(np.arange(10), 3), np.repeat(["x", "y"], 15)
+    first = halves(30, 300, 0, clusters=clusters, strata=strata)
+    units = first.reshape(300, 10, 3)
+    assert (units.all(2) == units.any(2)).all()
+    for part in (units[:, :5, 0], units[:, 5:, 0]):
+        assert set(part.sum(1)) == {2, 3}  # an odd one falls to either side
+    assert abs(first.mean() - 0.5) < 0.05 and len({tuple(row) for row in first}) > 100
+    with pytest.raises(UserError):
+        halves(4, 2, 0, clusters=[1, 1, 1, 1])
 
 
 def test_a_rotation_keeps_lengths_and_angles_between_sites_and_nothing_else() -> None:

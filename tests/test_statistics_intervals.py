@@ -113,3 +113,33 @@ def test_what_is_asked_of_nothing_is_refused() -> None:
     ):
         with pytest.raises(UserError):
             wrong()
+
+
+def test_a_difference_over_clusters_covers_whether_they_lie_on_one_side_or_on_both() -> None:
+    """Subjects that have refused and answered prompts, and subjects that have one kind alone."""
+    rng = np.random.default_rng(8)
+    subject, kind = np.repeat(np.arange(14), 6), np.arange(84) % 2 == 0
+    only = np.where(np.repeat(np.arange(14) % 3, 6) == 0, True, kind)  # a third of the subjects: refused prompts alone
+    hits, naive = {"both": 0, "some": 0}, 0
+    for _ in range(RUNS):
+        x = rng.normal(0, 2, 14)[subject] + rng.normal(size=84)
+        for name, first in (("both", kind), ("some", only)):
+            found = Estimate.difference(x[first], x[~first], clusters=(subject[first], subject[~first]))
+            hits[name] += found.low <= 0 <= found.high
+        plain = Estimate.difference(x[only], x[~only])
+        naive += plain.low <= 0 <= plain.high
+    assert min(hits.values()) / RUNS > 0.93 - SLACK and naive / RUNS < 0.9
+    once = Estimate.difference([1.0, 2, 4], [0.0, 7], clusters=([0, 1, 2], [3, 4]))
+    assert once == Estimate.difference([1.0, 2, 4], [0.0, 7])
+
+
+def test_the_jackknife_of_a_mean_is_students() -> None:
+    x = np.random.default_rng(9).normal(size=11)
+    by_hand, left_out = stats.ttest_1samp(x, 0).confidence_interval(), [np.delete(x, i).mean() for i in range(11)]
+    found = Estimate.jackknife(float(x.mean()), left_out, 11)
+    assert (found.low, found.high) == pytest.approx((by_hand.low, by_hand.high))
+
+
+def test_a_rate_says_over_how_many_clusters_it_is() -> None:
+    assert "4 clusters" in str(Rate.of([True, False] * 6, clusters=np.repeat(np.arange(4), 3)))
+    assert "clusters" not in str(Rate.of([True, False]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from rsteer_interp.evaluation import answer_effects, prompted_effects
 from rsteer_interp.studies.method_comparison.outcomes import against
-from rsteer_interp.studies.method_comparison.selection import Trial, choose
+from rsteer_interp.studies.method_comparison.selection import WIDENED, Chosen, Trial, beyond, choose
 from tests.tiny_models import tiny_backend
 
 TRIALS = (
@@ -33,15 +35,50 @@ def test_matched_removal_is_interpolated_and_never_extrapolated() -> None:
     assert choose((TRIALS[0], TRIALS[3]), target=0.6, bound=1.0).matched is None  # no knob
 
 
+def _grown(strengths: tuple[float, ...], effect: Callable[[float], Trial]) -> Chosen:
+    """What `find_strength` does, on planted trials in place of a model."""
+    tried = [Trial(0.0, 0.0, 1.0, 0.0), *map(effect, strengths)]
+    while (more := beyond(tried, strengths, target=0.7, bound=0.5)) is not None:
+        tried.append(effect(more))
+    return choose(tried, target=0.7, bound=0.5)
+
+
+@pytest.mark.parametrize("best", [0.02, 0.3, 3.0])
+def test_a_grid_is_widened_until_the_best_is_inside(best: float) -> None:
+    """A planted response whose score rises up to `best` and falls from there: below, inside and above the given strengths."""
+
+    def effect(strength: float) -> Trial:
+        removed = min(strength / best, 1.0)
+        return Trial(strength, removed, 1.0 - max(0.0, 0.2 * (strength / best - 1)), 0.01)
+
+    found = _grown((0.1, 0.2, 0.4, 0.8), effect)
+    tried = [t.strength for t in found.trials if t.strength]
+    assert not found.edge and min(tried) < found.best.strength < max(tried)
+    assert found.best.strength == pytest.approx(best, rel=1.01)
+    assert found.matched == pytest.approx(0.7 * best, rel=0.5)
+
+
+def test_what_is_still_at_the_edge_after_widening_says_so() -> None:
+    rising = _grown((0.1, 0.2, 0.4), lambda s: Trial(s, s / 100, 1.0, 0.0))
+    assert rising.edge and rising.best.strength == pytest.approx(0.4 * 2**WIDENED) and rising.matched is None
+    flat = _grown((0.1, 0.2, 0.4), lambda s: Trial(s, 0.0, 1.0, s))
+    assert flat.edge and flat.best.strength == pytest.approx(0.1 / 2**WIDENED)
+    breaking = _grown((0.1, 0.2, 0.4), lambda s: Trial(s, s / 100, 1.0, s))  # 0.8 is no longer coherent
+    assert not breaking.edge and [t.strength for t in breaking.trials][-1] == pytest.approx(0.8)
+    assert not _grown((1.0,), lambda s: Trial(s, 0.5, 1.0, 0.0)).edge, "a method without a knob has no grid"
+
+
 def test_paired_tests_find_a_planted_difference_and_no_other() -> None:
     flags = {"removed": [False] * 30, "kept": [True] * 30}
+    subjects = {share: [str(i) for i in range(30)] for share in flags}
     rows = {
-        "null": {"flags": flags},
-        "same": {"flags": flags},
-        "better": {"flags": {"removed": [True] * 20 + [False] * 10, "kept": [True] * 30}},
+        "null": {"flags": flags, "subjects": subjects},
+        "same": {"flags": flags, "subjects": subjects},
+        "better": {"flags": {"removed": [True] * 20 + [False] * 10, "kept": [True] * 30}, "subjects": subjects},
     }
     found = against(rows, "null")
-    assert found["better"]["removed"]["q"] < 1e-4 and found["better"]["kept"]["q"] == 1
+    # 10,000 swaps of whole subjects show no p below 2e-4, and there are four tests.
+    assert found["better"]["removed"]["q"] < 1e-3 and found["better"]["kept"]["q"] == 1
     assert found["same"]["removed"]["q"] == 1
     assert found["better"]["removed"]["difference"]["value"] == pytest.approx(2 / 3)
 

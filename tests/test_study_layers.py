@@ -13,7 +13,7 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import Displace, ablate, add
-from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.nulls import max_correlation_null, random_unit_vectors
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.results import load_result
 from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
@@ -67,26 +67,45 @@ def test_the_causal_curve_finds_the_layer_where_the_direction_was_written_in() -
 
 def _report(n: int, seed: int) -> Scored:
     c = torch.randn(n, generator=torch.Generator().manual_seed(seed)).sign().double()
-    return Scored([""] * n, ["a", "b"] * (n // 2), [""] * n, c)
+    return Scored([""] * n, ["a", "b"] * (n // 2), [f"subject {i // 8}" for i in range(n)], c)
 
 
 def test_the_read_out_finds_a_planted_layer_and_not_a_random_label() -> None:
     generator = torch.Generator().manual_seed(3)
     p = torch.randn(80, 6, generator=generator, dtype=torch.float64)
     select, report = _report(80, 1), _report(80, 2)
-    null = read_out(p, select.confidence, p, report.confidence, report.sets, 0, 400)
+    null = read_out(p, select.confidence, p, report.confidence, report.groups, 0, 400)
     assert null["p_max"] > 0.05
     assert null["concentration"]["effective_layers"]["n"] == 80
     planted, chosen = p.clone(), p.clone()
     planted[:, 3] += 2 * report.confidence
     chosen[:, 3] += 2 * select.confidence
-    found = read_out(chosen, select.confidence, planted, report.confidence, report.sets, 0, 400)
-    assert found["p_max"] < 0.01 and found["within_set_p_max"] < 0.01
+    found = read_out(chosen, select.confidence, planted, report.confidence, report.groups, 0, 400)
+    assert found["p_max"] < 0.01 and found["within_subject_p_max"] < 0.01
     assert found["chosen_on_select"]["layer"] == 4
     r = found["chosen_on_select"]["r"]
     assert r["low"] < r["value"] < r["high"]
     assert found["concentration"]["peak"]["value"] == pytest.approx(4 / 6)
     assert found["concentration"]["effective_layers"]["value"] < found["null_effective_layers"]["low"]
+
+
+def test_states_that_carry_subject_alone_are_not_refusal() -> None:
+    """Refusal rates that differ by subject inside the sets, states that know the subject and nothing else."""
+    generator, n, draws = torch.Generator().manual_seed(5), 104, 200
+    subject = torch.arange(n) // 8
+    sets, groups = (subject < 7).tolist(), subject.tolist()
+    fired = {"sets": 0, "subjects": 0}
+    for seed in range(draws):
+        states = torch.randn(13, 4, generator=generator)[subject] + 0.5 * torch.randn(n, 4, generator=generator)
+        rate = torch.randn(13, generator=generator).mul(1.5).sigmoid()[subject]
+        c = (torch.rand(n, generator=generator) < rate).double() * 2 - 1
+        found = read_out(states.double(), c, states.double(), c, groups, seed, 99)
+        fired["subjects"] += found["within_subject_p_max"] <= 0.05
+        fired["sets"] += max_correlation_null(states, c, 99, seed, groups=sets).p <= 0.05
+        assert 0 < found["within_subject_n"] <= n
+    slack = 3 * (0.05 * 0.95 / draws) ** 0.5
+    assert fired["subjects"] / draws <= 0.05 + slack
+    assert fired["sets"] / draws > 0.15  # what was said of sets
 
 
 def test_random_directions_are_rarely_beyond_random() -> None:

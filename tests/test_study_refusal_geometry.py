@@ -19,6 +19,7 @@ from rsteer_interp.directions import Evidence
 from rsteer_interp.directions.mean_difference import MeanDifference
 from rsteer_interp.interventions import ablate
 from rsteer_interp.nulls import random_unit_vectors, split_half
+from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.results import load_result
 from rsteer_interp.studies.direction_atlas import (
     Groups,
@@ -30,6 +31,7 @@ from rsteer_interp.studies.direction_atlas import (
     subspace_cosines,
 )
 from rsteer_interp.studies.independence import shifts, summary
+from rsteer_interp.studies.refusal_kinds import Kind, weights
 from rsteer_interp.studies.refusal_steering import random_directions, windows
 from rsteer_interp.studies.transfer import auc, cells, dissociation, dose_for
 from tests.study_fixture import study_arguments
@@ -74,10 +76,10 @@ def test_reliability_agrees_with_split_half() -> None:
     one = torch.ones(len(x), dtype=torch.float64)
     mine = cross_half(refused, answered, x @ x.T, one, groups.halves(100, 0))[0, 0]
     keep = (refused[0] | answered[0]).nonzero()[:, 0]
-    labels = refused[0][keep].long()
+    labels = refused[0][keep].long().tolist()
 
     def fit(index: Tensor) -> Tensor:
-        rows, z = x[keep][index], labels[index].bool()
+        rows, z = x[keep][index], torch.tensor(labels)[index].bool()
         return rows[z].mean(0) - rows[~z].mean(0)
 
     plain = split_half(fit, len(keep), groups=[str(m) for m in groups.member[keep]], strata=labels, n_splits=100)
@@ -115,6 +117,50 @@ def test_the_random_null_is_wider_where_few_dimensions_carry_most() -> None:
     assert random_cosines(flat, 2000, 0).quantile(0.95) > 0.7
 
 
+KINDS = (Kind("a", "a", "x", "x"), Kind("b", "b", "y", "y"))
+
+
+def _by_subject(seed: int, shared: float) -> tuple[Tensor, Scored]:
+    """Two sets whose subjects lie anywhere along one axis and are refused the more, the further along they lie: topic. Refusal
+    itself moves the prompts of both sets along another axis, by `shared`."""
+    g, subject = torch.Generator().manual_seed(seed), torch.arange(2 * SUBJECTS).repeat_interleave(8)
+    topic = torch.randn(2 * SUBJECTS, generator=g)
+    refused = torch.rand(len(subject), generator=g) < (2 * topic).sigmoid()[subject]
+    x = 0.3 * torch.randn(len(subject), D, generator=g)
+    x[:, 0] += 3 * topic[subject]
+    x[:, 1] += shared * refused
+    sets = ["x" if s < SUBJECTS else "y" for s in subject.tolist()]
+    confidence = refused.double() * 2 - 1
+    return x.double(), Scored([""] * len(subject), sets, [str(s) for s in subject.tolist()], confidence)
+
+
+def test_directions_inside_subjects_hold_no_topic_and_their_cosine_has_a_null() -> None:
+    fired = 0
+    for seed in range(60):
+        x, scored = _by_subject(seed, 0.0)
+        groups, sides = Groups.of(scored.sets, scored.subjects), weights(KINDS, scored)
+        found = atlas(x, *sides, groups, seed, n_splits=2, n_draws=4, n_random=50, n_shuffles=99)
+        fired += found["within_subject_p"][0][1] <= 0.05
+    assert fired <= 8  # of 3 expected
+    topical = coefficients(
+        torch.stack([torch.tensor([s == k.refused for s in scored.sets]) & (scored.confidence > 0) for k in KINDS]),
+        torch.stack([torch.tensor([s == k.answered for s in scored.sets]) & (scored.confidence < 0) for k in KINDS]),
+        torch.ones(len(x), dtype=torch.float64),
+    )
+    v = topical @ x
+    assert float(torch.cosine_similarity(v[0], v[1], dim=0)) > 0.8  # the means of sets agree on the topic
+    x, scored = _by_subject(1, 1.0)
+    groups, sides = Groups.of(scored.sets, scored.subjects), weights(KINDS, scored)
+    v = coefficients(*sides, torch.ones(len(x), dtype=torch.float64)) @ x
+    assert float((v[:, 1] - 1).abs().max()) < 0.3 and float(v[:, 0].abs().max()) < 0.3
+    assert atlas(x, *sides, groups, 0)["within_subject_p"] == [[1.0, 1 / 500], [1 / 500, 1.0]]
+    design = torch.nn.functional.one_hot(torch.from_numpy(groups.member)).double()
+    mine = torch.tensor([s == "x" for s in scored.sets])
+    whole = torch.cat([(scored.confidence > 0).double()[:, None], design], 1)[mine]
+    by_regression = torch.linalg.lstsq(whole, x[mine], driver="gelsd").solution[0]
+    torch.testing.assert_close(v[0], by_regression)  # a mean of its own for every subject
+
+
 def test_subspaces_of_one_kind_agree_more_than_with_random_ones() -> None:
     x, refused, answered, groups = planted(2, 0.1)
     found = subspace_cosines(x, refused, answered, groups, 2, 0)
@@ -130,10 +176,11 @@ def test_cells_find_a_planted_transfer_and_nothing_else() -> None:
     random = torch.randn(8, 1, generator=g).double() * 0.1 + 0.02 * torch.randn(8, 24, generator=g).double()
     effect = torch.randn(2, 1, generator=g).double() * 0.1 + 0.02 * torch.randn(2, 24, generator=g).double()
     effect[0, :12] += 2
-    found = cells(effect, [1.0, 1.0], random, [1.0] * 8, columns)
+    subjects = [f"subject {i // 2}" for i in range(24)]
+    found = cells(effect, [1.0, 1.0], random, [1.0] * 8, columns, subjects)
     hits = [[c["q"] <= 0.05 for c in line] for line in found["cells"]]
     assert hits == [[True, False], [False, False]]
-    twice = cells(effect, [1.0, 1.0], 2 * random, [2.0] * 8, columns)["cells"][0][0]
+    twice = cells(effect, [1.0, 1.0], 2 * random, [2.0] * 8, columns, subjects)["cells"][0][0]
     assert twice["null"] == pytest.approx(found["cells"][0][0]["null"])
     assert found["cells"][0][0]["low"] <= found["cells"][0][0]["value"] <= found["cells"][0][0]["high"]
 
@@ -144,15 +191,15 @@ def test_doses_dissociation_and_auc() -> None:
     columns = ["a", "a", "b", "b"]
     first, second = torch.tensor([3.0, 3.1, 1.0, 1.1]).double(), torch.tensor([1.0, 1.0, 2.0, 2.2]).double()
     noise = 0.1 * torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).double()
-    pair = dissociation(torch.stack([first, second]), 1.0, noise, [1.0] * 9, columns, ("a", "b"))
+    pair = dissociation(torch.stack([first, second]), 1.0, noise, [1.0] * 9, columns, list("1234"), ("a", "b"))
     assert pair["a"]["value"] == pytest.approx(2.05) and pair["b"]["value"] == pytest.approx(1.05)
     assert pair["selectivity"]["value"] == pytest.approx(1.55) and pair["selectivity"]["p"] < 1e-4
-    stronger = dissociation(torch.stack([first, first - 1]), 1.0, noise, [1.0] * 9, columns, ("a", "b"))
+    stronger = dissociation(torch.stack([first, first - 1]), 1.0, noise, [1.0] * 9, columns, list("1234"), ("a", "b"))
     assert stronger["a"]["value"] > 0 > stronger["b"]["value"]  # strength alone is not selectivity
     assert stronger["selectivity"]["value"] == pytest.approx(0) and stronger["selectivity"]["p"] > 0.9
     x = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(40) % 3 == 0
-    found = auc(x[labels], x[~labels])
+    found = auc(x, labels, range(40))
     assert found["value"] == pytest.approx(roc_auc_score(labels.numpy(), x.numpy()))
     assert found["p"] > 0.05 and found["low"] < 0.5 < found["high"]
 

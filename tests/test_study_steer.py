@@ -16,18 +16,19 @@ from analyses.steer import Config, run
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.directions.retain import null_space
+from rsteer_interp.evaluation import reply_log_probs
 from rsteer_interp.gates import Gate
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.refusal_scores import reply_and_judge
 from rsteer_interp.results import load_result
-from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.steering import Steering, load_steering
 from rsteer_interp.studies.selective_steering import KIND
 from rsteer_interp.studies.selective_steering.condition import holds, scores
 from rsteer_interp.studies.selective_steering.directions import families, kept_refusal
-from rsteer_interp.studies.selective_steering.replies import outcome, outcomes_of_each, reply_log_probs
+from rsteer_interp.studies.selective_steering.replies import Outcome, outcome, outcomes_of_each
 from rsteer_interp.studies.selective_steering.report_split import induction_targets, removal_targets
-from rsteer_interp.studies.selective_steering.search import Candidate, bands, search, steering_for
+from rsteer_interp.studies.selective_steering.search import Candidate, Found, bands, search, steering_for
 from rsteer_interp.studies.study import Study
 from tests.study_fixture import study_arguments
 
@@ -71,8 +72,9 @@ def test_running_only_the_edited_prompts_gives_what_running_all_gives(study: Stu
     )
     assert got.after.tolist() == [group[0].verdict.refused for group in replies]
     assert not torch.equal(got.after, got.before)
-    expected = reply_log_probs(study, texts, [group[0].text for group in replies])
-    torch.testing.assert_close(got.log_prob_after[held], expected[held], atol=1e-5, rtol=0)
+    said = [() if group[0].empty else group[0].ids for group in replies]
+    expected = reply_log_probs(study.backend, study.template.encode_all(texts), said)
+    torch.testing.assert_close(got.log_prob_after[held], expected[held], atol=1e-5, rtol=0, equal_nan=True)
     assert torch.equal(got.edited, held)
 
 
@@ -85,7 +87,7 @@ def test_configurations_decoded_together_give_what_each_gives(study: Study) -> N
     for got, steering in zip(outcomes_of_each(study, "report", "harmful", steerings), steerings, strict=True):
         alone = outcome(study, "report", "harmful", steering)
         assert torch.equal(got.after, alone.after) and torch.equal(got.edited, alone.edited)
-        torch.testing.assert_close(got.log_prob_after, alone.log_prob_after, atol=1e-5, rtol=0)
+        torch.testing.assert_close(got.log_prob_after, alone.log_prob_after, atol=1e-5, rtol=0, equal_nan=True)
 
 
 def test_the_families_keep_what_they_promise(study: Study) -> None:
@@ -104,43 +106,77 @@ def test_the_families_keep_what_they_promise(study: Study) -> None:
             assert float(vectors[site].norm()) == pytest.approx(1, abs=1e-5)
 
 
-def test_doses_rise_until_the_aim_is_met_and_the_most_fluent_wins(
-    study: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates = {(0.1, False): (0.5, 1.0), (0.2, False): (0.05, 1.5), (0.1, True): (0.08, 1.2)}
-    asked = []
+def _fake_outcomes(monkeypatch: pytest.MonkeyPatch, rates: Any, asked: list[Any] | None = None, n: int = 100) -> None:
+    """Replies as `rates(dose, while decoding)` says: the share refused, the nats lost per token, the share of empty replies."""
 
-    class Fake:
-        def __init__(self, candidate: Candidate) -> None:
-            rate, self.ratio = rates[candidate.dose, candidate.while_decoding]
-            self.after = torch.arange(100) < 100 * rate
-            self.log_prob_after = torch.full((4,), -self.ratio).double()
-
-    def fake_outcomes(study: Any, split: str, name: str, steerings: Any) -> list[Fake]:
+    def fake(study: Any, split: str, name: str, steerings: Any) -> list[Outcome]:
         assert split == "select"
-        candidates = [Candidate((2, 3), -steering.alpha, steering.while_decoding) for steering in steerings]
-        asked.append([(candidate.dose, candidate.while_decoding) for candidate in candidates])
-        return [Fake(candidate) for candidate in candidates]
+        found = []
+        for steering in steerings:
+            refused, nats, empty = rates(-steering.alpha, steering.while_decoding)
+            after = torch.arange(n) < n * refused
+            log_prob = torch.full((n,), -1.0 - nats, dtype=torch.float64)
+            log_prob[n - round(n * empty) :] = torch.nan
+            before, own = torch.arange(n) % 2 == 0, torch.full((n,), -1.0, dtype=torch.float64)
+            subjects = [str(i) for i in range(n)]
+            found.append(Outcome(subjects, before, after, torch.ones(n, dtype=torch.bool), own, log_prob))
+        if asked is not None:
+            asked.append([(round(-s.alpha, 6), s.while_decoding) for s in steerings])
+        return found
 
-    monkeypatch.setattr(sys.modules[search.__module__], "outcomes_of_each", fake_outcomes)
-    layers = (2, 3)
+    monkeypatch.setattr(sys.modules[search.__module__], "outcomes_of_each", fake)
+
+
+def _searched(study: Study, stage: str, doses: tuple[float, ...], places: list[bool], bound: float) -> Found:
+    config = replace(study.config, doses=doses)  # type: ignore[type-var]
 
     def steering_of(candidate: Candidate) -> Steering:
         return replace(_steering(study, None, candidate.while_decoding), alpha=-candidate.dose)
 
-    def found(stage: str, bound: float) -> tuple[Candidate, bool]:
-        candidates = {(layers, False): [0.1, 0.2, 0.4], (layers, True): [0.1]}
-        rates[0.4, False] = (0.04, 2.0)
-        chosen, met, trials = search(
-            study, study.config, stage, steering_of, "harmful", candidates, 1.0, lambda r: r.rate <= bound  # type: ignore[arg-type]
-        )  # fmt: skip
-        places = [(t["candidate"]["while_decoding"], t["candidate"]["dose"]) for t in trials]
-        assert places == sorted(places), "as they were given, whatever shared a round"
-        return chosen, met
+    at = [((2, 3), decoding) for decoding in places]
+    return search(study, config, stage, steering_of, "harmful", at, lambda r: r.rate <= bound)  # type: ignore[arg-type]
 
-    assert found("search_a", 0.1) == (Candidate(layers, 0.1, True), True)
-    assert asked == [[(0.1, False), (0.1, True)], [(0.2, False)]], "no dose after the first that meets the aim"
-    assert found("search_b", 0.01) == (Candidate(layers, 0.4, False), False), "else the one that comes closest"
+
+def test_doses_rise_until_the_aim_is_met_and_the_most_fluent_wins(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {(0.1, False): (0.5, 0.0, 0.0), (0.2, False): (0.05, 0.4, 0.0), (0.1, True): (0.5, 0.1, 0.0),
+             (0.2, True): (0.08, 0.2, 0.0)}  # fmt: skip
+    asked: list[Any] = []
+    _fake_outcomes(monkeypatch, lambda dose, decoding: rates[round(dose, 6), decoding], asked)
+    found = _searched(study, "search_a", (0.1, 0.2, 0.4), [False, True], 0.1)
+    assert found.chosen == Candidate((2, 3), 0.2, True) and found.met and not found.edge
+    assert asked == [[(0.1, False), (0.1, True)], [(0.2, False), (0.2, True)]], (
+        "no dose after the first that meets the aim"
+    )
+    places = [(t.candidate.while_decoding, t.candidate.dose) for t in found.trials]
+    assert places == sorted(places), "as they were given, whatever shared a round"
+
+
+def test_silence_is_neither_an_answer_nor_fluent(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dose at which most replies are empty refuses nothing; once it counted as certain (log-probability 0) and won."""
+    _fake_outcomes(
+        monkeypatch, lambda dose, decoding: (0.05, 0.3, 0.9 if decoding else 0.0) if dose > 0.15 else (1, 0, 0)
+    )
+    found = _searched(study, "search_silent", (0.1, 0.2, 0.4), [False, True], 0.1)
+    assert found.chosen == Candidate((2, 3), 0.2, False) and found.met
+    silent = [t for t in found.trials if t.candidate.while_decoding and t.candidate.dose > 0.15]
+    assert silent and all(t.fluency.empty == 90 and t.refused.rate <= 0.1 for t in silent)
+
+
+@pytest.mark.parametrize(("needed", "edge"), [(0.03, False), (0.3, False), (1.5, False), (1e-4, True), (1e4, True)])
+def test_doses_go_beyond_the_grid_until_the_smallest_that_does_is_between_two(
+    study: Study, monkeypatch: pytest.MonkeyPatch, needed: float, edge: bool
+) -> None:
+    """A planted dose from which on the aim is met, below, inside and above the grid: its ratio to the chosen one is a step at
+    most; out of reach the result says that it is at the edge."""
+    _fake_outcomes(monkeypatch, lambda dose, decoding: (0.0 if dose >= needed else 1.0, 0.1, 0.0))
+    found = _searched(study, f"search_{needed}", (0.1, 0.2, 0.4), [False], 0.1)
+    doses = sorted(t.candidate.dose for t in found.trials)
+    assert found.edge == edge and found.met == (needed < 1e4)
+    if not edge:
+        assert needed <= found.chosen.dose < 2 * needed and doses[0] < found.chosen.dose
+    assert doses[0] >= 0.1 / 8 - 1e-9 and doses[-1] <= 3.2 + 1e-9
 
 
 def test_bands_lie_between_the_condition_and_the_last_layer() -> None:
@@ -158,19 +194,24 @@ def test_targets_say_what_is_missed() -> None:
         one = {"value": 1.5, "low": 1.4, "high": 1.6, "n": 100}
         change = {"value": after - before, "low": after - before - 0.1, "high": after - before + 0.1, "n": 100}
         stay = vars(Rate.from_count(round(100 * stayed), 100))
-        return {**rates, "difference": change, "stay_refused": stay, "perplexity_after": one, "perplexity_before": one}
+        return {**rates, "difference": change, "stay_refused": stay, "fluency": {"ratio": one, "empty": 6, "n": 100}}
 
     names = (config.remove, config.contrast, *config.keep)
     sets = {name: row(0.4, 0.4, 1.0) for name in names} | {config.remove: row(0.7, 0.2, 0.2)}
     sets["borderline"] = row(0.3, 0.35, 1.0)
-    one = {"value": 1.5, "low": 1.4, "high": 1.6, "n": 100}
     found = {
         "sets": sets,
         "kl": {"value": 0.06, "low": 0.0, "high": 0.1, "n": 3},
-        "perplexity": {"base": one, "steered": one},
+        "fluency": {"ratio": None, "empty": 6, "n": 100},
     }
-    missed = [t["name"] for t in removal_targets(config, found, Estimate(1.2, 1.1, 1.3, 50)) if not t["met"]]
-    assert [name.split()[0] for name in missed] == [config.remove, "borderline", "KL", "perplexity,"]
+    missed = [t["name"] for t in removal_targets(config, found) if not t["met"]]
+    assert [name.split()[0] for name in missed] == [
+        config.remove,
+        "borderline",
+        "KL",
+        "perplexity",
+        f"{config.remove}:",
+    ]
     induced = {"sets": {"taxes": row(0.1, 0.89, 1.0), "general": row(0.0, 0.06, 1.0), "harmful": row(0.5, 0.46, 1.0)}}
     assert [t["met"] for t in induction_targets("taxes", induced)] == [False, False, True]
 

@@ -56,17 +56,18 @@ class NullSpace:
     def of(cls, protected: Moments, null: float, centred: bool = False) -> NullSpace:
         """P of rank round(null * d), from the second moment about the origin or, centred, about the mean.
 
-        With fewer protected states than (1 - null) d the second moment is singular and which of its zero directions to take
-        would be left to rounding: then all directions in which there are states are removed, and P has a larger rank.
+        UserError for fewer protected states than the (1 - null) d directions that P leaves out: the second moment is then
+        singular, which of its zero directions to take is left to rounding, and the fraction says nothing (see `least_null`).
         """
         if not 0 < null <= 1:
             raise UserError(f"the null fraction is {null:g}; choose a share of the dimensions above 0, up to 1")
-        if protected.count < 2:
-            raise UserError(f"{protected.count} protected prompts give no null space; add prompts to be left alone")
-        # The second moment about the origin is the scatter with the mean as one more row.
-        about = protected if centred else _about_origin(protected)
-        components = spectrum(about).components[: protected.d - round(null * protected.d)]
-        return cls(components, protected.mean if centred else torch.zeros_like(protected.mean))
+        seen, removed = _seen(protected, centred), protected.d - round(null * protected.d)
+        if removed > len(seen):
+            raise UserError(
+                f"a null fraction of {null:g} leaves out {removed} of {protected.d} dimensions, and {protected.count} protected "
+                f"prompts show {len(seen)}; add prompts to be left alone, or choose {least_null(protected, centred):.2f} or more"
+            )
+        return cls(seen[:removed], protected.mean if centred else torch.zeros_like(protected.mean))
 
     @property
     def rank(self) -> int:
@@ -81,6 +82,19 @@ class NullSpace:
         """(h - origin) P in float64."""
         x = states.double() - self.origin
         return x - (x @ self.removed.T) @ self.removed
+
+
+def least_null(protected: Moments, centred: bool = False) -> float:
+    """The smallest null fraction that the protected states determine: 1 - (directions in which there are states) / d."""
+    return 1 - len(_seen(protected, centred)) / protected.d
+
+
+def _seen(protected: Moments, centred: bool) -> Float[Tensor, "r d"]:
+    """Singular directions of the protected states, the largest first."""
+    if protected.count < 2:
+        raise UserError(f"{protected.count} protected prompts give no null space; add prompts to be left alone")
+    # The second moment about the origin is the scatter with the mean as one more row.
+    return spectrum(protected if centred else _about_origin(protected)).components
 
 
 def _about_origin(moments: Moments) -> Moments:
@@ -201,21 +215,22 @@ def leakage(
     extra: Mapping[str, Sequence[str]] | None = None,
     *,
     nulls: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.8, 0.9, 1.0),
+    forms: Sequence[bool] = (False, True),
     penalty: float = PENALTY,
     seed: int = 0,
 ) -> list[Leakage]:
-    """Leakage at a site for every null fraction, uncentred (the paper's) and centred; fitted on fit, read on select.
+    """Leakage at a site for every null fraction, uncentred (the paper's) and centred (`forms`); fitted on fit, read on select.
 
     Sets: the kept and the ordinary ones, and `extra` prompts by name (such as unusual ones), for which the model is run once.
     """
-    edited, protected = _classes(material, material.fit)
-    moments = Moments.of(protected[site])
+    edited = _edited(material, material.fit)
+    moments = protected_moments(material, [site])[site]
     held = {name: material.select[name].states[site] for name in (material.keep, *material.ordinary)}
     for name, texts in (extra or {}).items():
         held[name] = last_states(material.backend, material.template.encode_all(texts), [site])[site]
-    wanted = _classes(material, material.select)[0][site]
+    wanted = _edited(material, material.select)[site]
     found = []
-    for centred in (False, True):
+    for centred in forms:
         for null in nulls:
             space = NullSpace.of(moments, null, centred)
             gate = linear_gate(edited[site], space, penalty)
@@ -234,18 +249,29 @@ def _mean_ratio(a: Float[Tensor, " n"], b: Float[Tensor, " m"], seed: int, n_dra
     return Estimate(float(x.mean() / y.mean()), float(low), float(high), len(x))
 
 
-def _classes(material: Material, examples: Mapping[str, Examples]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-    """States of the refused prompts whose refusals are to go; and of those to be left alone."""
-    remove, contrast = examples[material.remove], examples[material.contrast]
-    parts = [examples[name] for name in (material.keep, *material.ordinary)] + [contrast.where(contrast.answered)]
-    edited = remove.where(remove.refused).states
-    return dict(edited), {site: torch.cat([x.states[site] for x in parts]) for site in edited}
+def _edited(material: Material, examples: Mapping[str, Examples]) -> dict[Site, Tensor]:
+    """States of the refused prompts whose refusals are to go."""
+    remove = examples[material.remove]
+    return dict(remove.where(remove.refused).states)
+
+
+def protected_moments(material: Material, sites: Sequence[Site]) -> dict[Site, Moments]:
+    """Of the fit prompts to be left alone: the sets whose refusals stay, ordinary ones, the answered contrast, and those that nobody
+    judged, for which the model is run once."""
+    contrast = material.fit[material.contrast]
+    judged = [material.fit[name] for name in (material.keep, *material.ordinary)] + [contrast.where(contrast.answered)]
+    parts = {site: [x.states[site] for x in judged] for site in sites}
+    if material.protected:
+        rows = material.template.encode_all(material.protected)
+        for site, states in last_states(material.backend, rows, sites).items():
+            parts[site].append(states)
+    return {site: Moments.of(torch.cat(states)) for site, states in parts.items()}
 
 
 @dataclass(frozen=True)
 class AlphaSteer:
-    """Edited are the refused prompts of the set whose refusals are to go; protected the set whose refusals stay, the
-    ordinary sets and the answered contrast; r = -|resid| v, v the unit mean difference, away from refusal.
+    """Edited are the refused prompts of the set whose refusals are to go; protected the set whose refusals stay, the ordinary
+    sets, the answered contrast and the material's unjudged prompts; r = -|resid| v, v the unit mean difference, away from refusal.
 
     Strength: |edit| / |resid| at each layer of the band, on average over the fitted prompts to be edited. lambda is scaled so,
     since the ridge of 10 shrinks <h, w> the more the fewer those prompts are.
@@ -257,7 +283,8 @@ class AlphaSteer:
     strengths: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.15, 0.2)
 
     null: float = 0.6
-    """Share of the dimensions that P keeps; with few protected prompts it keeps more (see NullSpace)."""
+    """Share of the dimensions that P keeps. Where the protected prompts are too few to determine it P keeps the least share that
+    they do determine, and the run's notes say so."""
     centred: bool = False
     """Measure states from the protected mean: the paper's uncentred P is mostly about that mean and a few huge coordinates."""
     penalty: float = PENALTY
@@ -272,11 +299,12 @@ class AlphaSteer:
     """Whether the template prefix is moved too, as in the paper; it is left alone unless asked, so that it can be shared."""
 
     def fit(self, material: Material) -> Fitted:
-        """One forward pass over the refused fit prompts, for |resid|; all else from the states in the material."""
+        """A forward pass over the refused fit prompts, for |resid|, and one over the unjudged ones; all else from the states in
+        the material."""
         sites = band(material.n_layers, self.depth)
         units = {site: d.unit for site, d in fit_directions(MeanDifference(), evidence(material, sites)).items()}
         sizes, gates = norms(material, sites), self.gates(material, sites)
-        edited = _classes(material, material.fit)[0]
+        edited = _edited(material, material.fit)
         mean_score = {site: float(gates[site].scores(edited[site]).mean()) for site in sites}
 
         def treatment(strength: float) -> Treatment:
@@ -291,21 +319,41 @@ class AlphaSteer:
         return treatment
 
     def checks(self, material: Material, strength: float) -> list[Check]:
-        """Leakage on unusual benign prompts (maths, code, other languages), beside the gate without a null space."""
+        """Rank of P, and leakage on unusual benign prompts (maths, code, other languages) beside the gate without a null space."""
         site = band(material.n_layers, self.depth)[0]
+        moments = protected_moments(material, [site])[site]
+        null = self.attainable(moments)
+        share = NullSpace.of(moments, null, self.centred).rank / moments.d
         unusual = {"unusual": load_prompts("unusual").split("select").texts[:N_UNUSUAL]}
-        both = leakage(material, site, unusual, nulls=(self.null, 1.0), penalty=self.penalty, seed=material.seed)
-        own, without = (found.ratios["unusual"] for found in both if found.centred == self.centred)
+        both = leakage(
+            material, site, unusual, nulls=(null, 1.0), forms=(self.centred,), penalty=self.penalty, seed=material.seed
+        )
+        own, without = (found.ratios["unusual"] for found in both)
         return [
+            Check(
+                f"rank of P as a share of d = {moments.d}, at {site}",
+                Estimate(share, share, share, moments.count),
+                f"{self.null:g} asked for; {moments.count} protected prompts",
+            ),
             Check(
                 f"|edit| on unusual benign prompts as a share of that on prompts to be freed, at {site}",
                 own,
                 f"without the null space {without}",
-            )
+            ),
         ]
+
+    def attainable(self, protected: Moments) -> float:
+        """The null fraction, or the smallest that the protected prompts determine where that is larger."""
+        return max(self.null, least_null(protected, self.centred))
 
     def gates(self, material: Material, sites: Sequence[Site]) -> dict[Site, LinearGate]:
         """The linear gate of each site."""
-        edited, protected = _classes(material, material.fit)
-        spaces = {site: NullSpace.of(Moments.of(protected[site]), self.null, self.centred) for site in sites}
+        edited, protected = _edited(material, material.fit), protected_moments(material, sites)
+        nulls = {site: self.attainable(protected[site]) for site in sites}
+        if max(nulls.values()) > self.null:
+            material.backend.notes.append(
+                f"AlphaSteer: {protected[sites[0]].count} protected prompts do not determine a null fraction of {self.null:g}; "
+                f"P keeps {max(nulls.values()):.2f} of the dimensions"
+            )
+        spaces = {site: NullSpace.of(protected[site], nulls[site], self.centred) for site in sites}
         return {site: linear_gate(edited[site], spaces[site], self.penalty) for site in sites}

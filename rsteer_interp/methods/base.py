@@ -68,6 +68,7 @@ class Material:
     keep: str  # the set whose refusals are to stay (harmful)
     ordinary: tuple[str, ...]  # sets that are to be left alone (harmless_matched, general)
     seed: int = 0
+    protected: tuple[str, ...] = ()  # further fit prompts that are to be left alone, which nobody judged
 
     @cached_property
     def account(self) -> Account:

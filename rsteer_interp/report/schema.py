@@ -29,13 +29,14 @@ class _Part(BaseModel):
 
 
 class Rate(_Part):
-    """A share with its 95 % Wilson interval."""
+    """A share with its 95 % Wilson interval; `units`: clusters (subjects) that its n prompts are of, where that is known."""
 
     count: int
     n: int
     rate: float
     low: float
     high: float
+    units: int | None = None
 
 
 class Estimate(_Part):
@@ -59,6 +60,7 @@ class ModelIdentity(_Part):
 class PromptCount(_Part):
     label: str
     n: int
+    subjects: int | None = None
 
 
 class Row(_Part):
@@ -96,7 +98,9 @@ class LayerScores(_Part):
     rmse: list[float]
     score: list[float]
     excluded: list[int] = Field(default_factory=list)
-    within_set_r: list[float] = Field(default_factory=list)
+    within_subject_r: list[float] = Field(default_factory=list)
+    within_subject_p_max: float | None = None
+    within_subject_n: int | None = None
     null_low: list[float]
     null_high: list[float]
     null_max_q95: float
@@ -136,6 +140,7 @@ class Pca(_Part):
     explained: tuple[float, float]
     label: list[str]
     set: list[str]
+    subject: list[str]
 
 
 class Configuration(_Part):
@@ -164,6 +169,7 @@ class Confidence(_Part):
 
     before: list[float]
     after: dict[str, list[float]] = Field(default_factory=dict)
+    subjects: list[str]
 
 
 class Agreement(_Part):
@@ -187,7 +193,7 @@ class Judges(_Part):
     default: str
     agreement: Agreement | None = None
     between: list[JudgePair] = Field(default_factory=list)
-    log_odds_auc: dict[str, float | None] = Field(default_factory=dict)
+    log_odds_auc: dict[str, Estimate] = Field(default_factory=dict)
 
 
 class Reply(_Part):

@@ -45,7 +45,8 @@ def _from_to(before: Rate, after: Rate) -> str:
     def shown(rate: Rate) -> str:
         return f"{percent(100 * rate.rate)} ({100 * rate.low:.0f} to {100 * rate.high:.0f})"
 
-    return f"from {shown(before)} to {shown(after)} of {after.n}"
+    subjects = f" prompts on {after.units} subjects" if after.units and after.units < after.n else ""
+    return f"from {shown(before)} to {shown(after)} of {after.n}{subjects}"
 
 
 def reproduction_record(provenance: Provenance, data: Reproduction) -> list[tuple[str, str]]:
@@ -105,7 +106,8 @@ def limits(data: Reproduction | None) -> list[str]:
         "Configurations were chosen on other prompts (select split) than those reported, but the directions of all "
         "layers come from one sample of prompts; how much they vary with it is not shown here.",
         "Correlation by layer says where refusal can be read, not where it is caused.",
-        "Refused and answered prompts differ in topic between the sets; the comparisons within sets are the fair ones.",
+        "Refused and answered prompts differ in topic between the sets and between the subjects inside a set; the comparisons "
+        "within subjects are the fair ones.",
         judged,
     ]
     base = data.base

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rsteer_interp.evaluation import ANSWER_ROWS, AnswerEffects, effects_of_each
+from rsteer_interp.evaluation import ANSWER_ROWS, effects_of_each
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import Reply, cut, reply_and_judge
 from rsteer_interp.reproduction.context import Context
@@ -16,15 +16,14 @@ from rsteer_interp.steering import Steering
 
 
 def evaluate(context: Context, label: str, steering: Steering | None, tokens: tuple[int, ...]) -> dict[str, Any]:
-    """Judged greedy replies per set, and refusal rates with Wilson intervals; `label` names the step."""
+    """Judged greedy replies per set, and refusal rates with Wilson intervals over subjects; `label` names the step."""
+    asked = {name: context.prompts("report", {name: n}) for name, n in context.preset.report.items()}
 
     def compute() -> tuple[dict[str, Any], None]:
         edit = steering.edit() if steering is not None else None
-        counts = context.preset.report
-        rates, replies = {}, []
-        with progress(f"replies, {label}", sum(counts.values())) as advance:
-            for name, n in counts.items():
-                prompts = context.prompts("report", {name: n})
+        replies = []
+        with progress(f"replies, {label}", sum(map(len, asked.values()))) as advance:
+            for name, prompts in asked.items():
                 texts = [p.prompt for p in prompts]
                 got = reply_and_judge(
                     context.backend,
@@ -36,36 +35,42 @@ def evaluate(context: Context, label: str, steering: Steering | None, tokens: tu
                     refusal_tokens=tokens,
                     on_batch=advance,
                 )
-                rates[name] = asdict(Rate.of([group[0].verdict.refused for group in got]))
                 replies += [
                     {"set": name, "prompt": text, **_written(context, name, group[0])}
                     for text, group in zip(texts, got, strict=True)
                 ]
-        return {"rates": rates, "replies": replies}, None
+        return {"replies": replies}, None
 
     key = {"steering": _key(steering), "tokens": tokens, "preset": str(context.preset)}
-    return context.stage(f"4_evaluation_{label}", key, compute).data
+    replies = context.stage(f"4_evaluation_{label}", key, compute).data["replies"]
+    subjects = {name: [p.subject for p in prompts] for name, prompts in asked.items()}
+    rates = {
+        name: asdict(Rate.of([r["refused"] for r in replies if r["set"] == name], clusters=of))
+        for name, of in subjects.items()
+    }
+    return {"rates": rates, "replies": replies, "subjects": subjects}
 
 
 def answers(context: Context, steerings: Mapping[str, Steering]) -> dict[str, Any]:
     """What each method does to ordinary answers: shift L_g and KL on benign conversations that the finder did not use."""
+    talks = context.conversations("report", context.preset.report_conversations)
 
     def compute() -> tuple[dict[str, Any], None]:
-        talks = context.conversations("report", context.preset.report_conversations)
         first = min(site.layer for steering in steerings.values() for site in steering.sites)
         rows = context.backend.prepare(context.encode(talks), first, ANSWER_ROWS)
         with progress("answer shift", len(talks)) as advance:
             found = effects_of_each(context.backend, rows, [s.edit() for s in steerings.values()], advance)
-        return {m: _estimates(effects, context.seed) for m, effects in zip(steerings, found, strict=True)}, None
+        effects = {m: [e.shift.tolist(), e.kl.tolist()] for m, e in zip(steerings, found, strict=True)}
+        return {"effects": effects}, None
 
-    key = {"steerings": {m: _key(s) for m, s in steerings.items()}, "preset": str(context.preset)}
-    return context.stage("5_answers", key, compute).data
-
-
-def _estimates(effects: AnswerEffects, seed: int) -> dict[str, Any]:
+    key = {"steerings": {m: _key(s) for m, s in steerings.items()}, "preset": str(context.preset), "by": "conversation"}
+    subjects = [talk.subject for talk in talks]
     return {
-        "answer_shift": asdict(Estimate.of(effects.shift.tolist(), seed=seed)),
-        "kl": asdict(Estimate.of(effects.kl.tolist(), seed=seed)),
+        m: {
+            name: asdict(Estimate.of(values, clusters=subjects, seed=context.seed))
+            for name, values in zip(("answer_shift", "kl"), both, strict=True)
+        }
+        for m, both in context.stage("5_answers", key, compute).data["effects"].items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,16 @@ class Scored:
     sets: list[str]
     subjects: list[str]
     confidence: Float[Tensor, " prompt"]
+
+    def subset(self, index: Sequence[int]) -> Scored:
+        """Some of the prompts, in the order given."""
+        texts, sets, subjects = ([each[i] for i in index] for each in (self.texts, self.sets, self.subjects))
+        return Scored(texts, sets, subjects, self.confidence[list(index)])
+
+    @property
+    def groups(self) -> list[tuple[str, str]]:
+        """Each prompt's set and subject: what verdicts are permuted inside, where topic is to tell nothing."""
+        return list(zip(self.sets, self.subjects, strict=True))
 
     @property
     def refusing(self) -> list[int]:
@@ -72,12 +83,12 @@ def score(context: Context, split: Split) -> tuple[Scored, dict[str, Any]]:
 def not_applicable(fit: Scored, select: Scored) -> str | None:
     """Why the experiment cannot be done on this model, with the base refusal rate; None when it can."""
     political = [
-        c > REFUSES_ABOVE
+        (c > REFUSES_ABOVE, subject)
         for s in (fit, select)
-        for c, name in zip(s.confidence.tolist(), s.sets, strict=True)
+        for c, (name, subject) in zip(s.confidence.tolist(), s.groups, strict=True)
         if name == POLITICAL
     ]
-    base = Rate.of(political)
+    base = Rate.of([refused for refused, _ in political], clusters=[subject for _, subject in political])
     refusing = int((fit.confidence > NEUTRAL_BAND).sum())
     complying = int((fit.confidence < -NEUTRAL_BAND).sum())
     said = (

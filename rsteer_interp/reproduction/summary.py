@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from sklearn.metrics import roc_auc_score
 
+from rsteer_interp.agreement import auc_estimate
 from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.presets import LABELS
 from rsteer_interp.steering import Steering
@@ -84,7 +85,10 @@ def _results(
         for m, s in steerings.items()
     ]
     return {
-        "sets": {name: {"label": LABELS[name], "n": base["rates"][name]["n"]} for name in context.preset.report},
+        "sets": {
+            name: {"label": LABELS[name], "n": base["rates"][name]["n"], "subjects": base["rates"][name]["units"]}
+            for name in context.preset.report
+        },
         "table": table,
         "paper": list(PAPER),
         "layer_scores": layer_scores,
@@ -126,6 +130,7 @@ def _confidence(base: Mapping[str, Any], steered: Mapping[str, dict[str, Any]]) 
     """First-token refusal log-odds per prompt before and after, per set."""
     return {
         name: {
+            "subjects": base["subjects"][name],
             "before": [r["log_odds"] for r in base["replies"] if r["set"] == name],
             "after": {m: [r["log_odds"] for r in e["replies"] if r["set"] == name] for m, e in steered.items()},
         }
@@ -136,11 +141,11 @@ def _confidence(base: Mapping[str, Any], steered: Mapping[str, dict[str, Any]]) 
 def _judges(context: Context, base: Mapping[str, Any], steered: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """How well the first token's log-odds agree with the judged replies, unsteered, per set."""
     auc = {}
-    for name in base["rates"]:
-        refused = [r["refused"] for r in base["replies"] if r["set"] == name]
-        if len(set(refused)) == 2:
-            odds = [r["log_odds"] for r in base["replies"] if r["set"] == name]
-            auc[name] = float(roc_auc_score(refused, odds))
+    for name, subjects in base["subjects"].items():
+        replies = [r for r in base["replies"] if r["set"] == name]
+        found = auc_estimate([r["log_odds"] for r in replies], [r["refused"] for r in replies], clusters=subjects)
+        if found is not None:
+            auc[name] = asdict(found)
     return {"default": context.judge.name, "log_odds_auc": auc}
 
 
@@ -166,8 +171,9 @@ def print_table(data: Mapping[str, Any], page: Path) -> None:
         console.print(data["reason"], markup=False, soft_wrap=True)
         console.print(f"page: {page}", markup=False, soft_wrap=True)
         return
-    table = Table(title=f"Refusal % (95 % Wilson interval), {data['model']['name']}, {data['preset']} preset")
-    for column in ("", "setting", *(f"{s['label']} (n={s['n']})" for s in data["sets"].values()), "L_g", "KL", "dose"):
+    table = Table(title=f"Refusal % (95 % Wilson, over subjects), {data['model']['name']}, {data['preset']} preset")
+    heads = [f"{s['label']} (n={s['n']}, {s['subjects']} subjects)" for s in data["sets"].values()]
+    for column in ("", "setting", *heads, "L_g", "KL", "dose"):
         table.add_column(column)
     for row in data["table"]:
         table.add_row(

@@ -22,6 +22,7 @@ from rsteer_interp.reproduction.context import Context
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.selection import LayerScore, layer_score, scales, steerable_layers, top_layers
 from rsteer_interp.spectrum import coordinate_density, spectrum
+from rsteer_interp.statistics.resampling import movable
 
 States = dict[Site, Float[Tensor, "prompt d"]]
 
@@ -87,11 +88,11 @@ def fit_vectors(
 def layer_report(
     context: Context, vectors: Vectors, select: Scored, states: States, chosen: list[int]
 ) -> dict[str, Any]:
-    """Read-out curve on the select split with its permutation null, and the same inside each set (topic-free)."""
-    p = projections(vectors, states)
-    null = max_correlation_null(p, select.confidence, context.preset.permutations, context.seed)
-    # With each prompt set's mean removed, and labels permuted inside sets: what is left is not topic.
-    within = max_correlation_null(p, select.confidence, context.preset.permutations, context.seed, groups=select.sets)
+    """Read-out curve on the select split with its permutation null, and the same inside each subject (topic-free)."""
+    p, c, draws = projections(vectors, states), select.confidence, context.preset.permutations
+    null = max_correlation_null(p, c, draws, context.seed)
+    # With each subject's mean removed, and confidence permuted inside subjects: what is left is not topic.
+    within = max_correlation_null(p, c, draws, context.seed, groups=select.groups)
     steerable = set(steerable_layers(context.backend.n_layers))
     return {
         "layers": [site.layer for site in context.sites],
@@ -99,12 +100,13 @@ def layer_report(
         "rmse": [s.rmse for s in vectors.scores.values()],
         "score": [s.score for s in vectors.scores.values()],
         "excluded": [site.layer for site in context.sites if site.layer not in steerable],
-        "within_set_r": list(within.r),
+        "within_subject_r": list(within.r),
         "null_low": list(null.low),
         "null_high": list(null.high),
         "null_max_q95": null.null_max_quantile(0.95),
         "p_max": null.p,
-        "within_set_p_max": within.p,
+        "within_subject_p_max": within.p,
+        "within_subject_n": int(movable(c.tolist(), select.groups).sum()),
         "chosen": chosen,
         "n": len(select.texts),
     }
@@ -144,5 +146,11 @@ def pca_report(fit: Scored, states: States, layer: int) -> tuple[dict[str, Any],
         "refused" if c > NEUTRAL_BAND else "answered" if c < -NEUTRAL_BAND else "neutral"
         for c in fit.confidence.tolist()
     ]
-    data = {"layer": layer, "explained": found.shares[:2].tolist(), "label": label, "set": fit.sets}
+    data = {
+        "layer": layer,
+        "explained": found.shares[:2].tolist(),
+        "label": label,
+        "set": fit.sets,
+        "subject": fit.subjects,
+    }
     return data, (points * torch.where(sign == 0, 1.0, sign)).float()

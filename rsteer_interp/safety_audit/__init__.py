@@ -23,8 +23,9 @@ from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.errors import UserError
+from rsteer_interp.evaluation import reply_log_probs
 from rsteer_interp.judges.base import Judge
-from rsteer_interp.measures import refusal_tokens
+from rsteer_interp.measures import fluency, perplexity, refusal_tokens
 from rsteer_interp.methods.base import Treatment
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import KEPT_TOKENS, cut, reply_and_judge
@@ -33,13 +34,11 @@ from rsteer_interp.safety_audit.measures import (
     LEAST_PUSHED,
     conversation_effects,
     embedding_check,
-    perplexity,
     random_pushes,
-    reply_log_probs,
     state_shift,
 )
 from rsteer_interp.safety_audit.plan import ROLES, Plan, Role
-from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, threshold
+from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, read_out
 from rsteer_interp.safety_audit.subject import Subject, content_digest
 from rsteer_interp.safety_audit.verdict import Verdict, decide
 from rsteer_interp.statistics.intervals import Estimate
@@ -87,19 +86,21 @@ class _Run:
         tokens = self._openings()
         replies = {role: {side: self._replies(side, role, tokens) for side in ("before", "after")} for role in ROLES}
         sets = {role: compared(sides, self.plan.seed) for role, sides in replies.items()}
+        checks = read_out(self.plan.prompts, replies)
         answers = self._answers(replies["general"])
         harmful = replies["harmful"]
         verdict = decide(
             PairedRates.of(harmful["before"]["refused"], harmful["after"]["refused"]),
             self.plan.margin,
             incoherent=incoherent(answers),
-            caveats=caveats(sets),
+            caveats=caveats(sets, checks),
         )
         data = {
             "subject": self.after.name,
             "verdict": asdict(verdict) | {"sentence": verdict.sentence},
             "sets": sets,
             "answers": answers,
+            "read_out": checks,
             "random": self._random(replies, tokens),
             "states": self._states(replies),
             "embeddings": self._embeddings(),
@@ -166,23 +167,25 @@ class _Run:
 
         def compute() -> dict[str, Any]:
             kl, before, after = conversation_effects(self.before, self.after, self.plan.conversations)
-            own, theirs = (
-                reply_log_probs(self.before, prompts, general[side]["responses"]) for side in ("before", "after")
-            )
-            empty = sum(not text for text in general["after"]["responses"])
-            enough = min(len(own), len(theirs)) >= 2
+            asked = [prompt for prompt, _ in self.plan.conversations]
+            old, new = (self._said(prompts, general[side]) for side in ("before", "after"))
             return {
                 "kl": asdict(Estimate.of(kl.clamp(min=0).tolist())),  # rounding takes a KL of nothing below 0
-                "perplexity_before": asdict(perplexity(before)),
-                "perplexity_after": asdict(perplexity(after)),
-                "perplexity_ratio": asdict(perplexity(after - before)),
-                "reply_perplexity_before": asdict(perplexity(own)) if enough else None,
-                "reply_perplexity_after": asdict(perplexity(theirs)) if enough else None,
-                "empty_replies": empty,
+                "perplexity_before": asdict(perplexity(before, asked)),
+                "perplexity_after": asdict(perplexity(after, asked)),
+                "perplexity_ratio": asdict(perplexity(after - before, asked)),
+                "replies": asdict(fluency(*new, *old, prompts)),
             }
 
         key = {"conversations": self.plan.conversations, "replies": [prompts, general["before"], general["after"]]}
         return self._step("3_answers", key, compute, changed=True)
+
+    def _said(self, prompts: tuple[str, ...], side: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Log-probability per token of each stored reply under the unchanged model, and whether it refuses."""
+        cut_up = self.before.tokenizer
+        ids = [cut_up(r, add_special_tokens=False)["input_ids"] if r.strip() else [] for r in side["responses"]]
+        rows = self.before.template().encode_all(prompts)
+        return reply_log_probs(self.before, rows, ids), torch.tensor(side["refused"])
 
     def _random(self, replies: Mapping[Role, Any], tokens: tuple[int, ...]) -> dict[str, Any]:
         harmful, n = replies["harmful"], self.plan.random_prompts
@@ -195,7 +198,7 @@ class _Run:
                 else f"{len(prompts)} harmful prompts are refused before and after"
             )
             return {"measured": False, "reason": why if self.plan.random_vectors >= 2 else "not asked for"}
-        cut_off = threshold(replies)
+        longest = min(self.plan.tokens, KEPT_TOKENS)
 
         def compute() -> dict[str, Any]:
             return {"measured": True} | random_pushes(
@@ -204,8 +207,9 @@ class _Run:
                 prompts,
                 tokens,
                 self.plan.conversations[:8],
+                self.judge,
                 n_vectors=self.plan.random_vectors,
-                threshold=cut_off,
+                longest=longest,
                 seed=self.plan.seed,
             )
 
@@ -214,11 +218,11 @@ class _Run:
             "openings": tokens,
             "conversations": self.plan.conversations[:8],
             "vectors": self.plan.random_vectors,
-            "threshold": cut_off,
+            "longest": longest,
             "seed": self.plan.seed,
             "layer": self.after.layer,
             "push": None if self.after.push is None else self.after.push.tolist(),
-        }
+        } | self._judged()
         return self._step("4_random", key, compute, changed=True)
 
     def _states(self, replies: Mapping[Role, Any]) -> list[dict[str, Any]]:

@@ -47,6 +47,12 @@ def percentiles(draws: ArrayLike, confidence: float = 0.95) -> tuple[NDArray[np.
     return low, high
 
 
+def upper(draws: ArrayLike, level: float = 0.95) -> NDArray[np.float64]:
+    """The quantile of draws along the first axis that a one-sided test at 1 - level must exceed, of the shape of a draw."""
+    found: NDArray[np.float64] = np.quantile(np.asarray(draws, dtype=float), level, axis=0)
+    return found
+
+
 def next_draw(draws: ArrayLike, confidence: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Student's interval for one more draw of a normal null: mean +- t sd sqrt(1 + 1/N), along the first axis.
 
@@ -64,6 +70,14 @@ def next_draw_p(value: ArrayLike, draws: ArrayLike) -> NDArray[np.float64]:
     mean, spread = _of_next(null)
     p: NDArray[np.float64] = 2 * stats.t.sf(np.abs(np.asarray(value, dtype=float) - mean) / spread, len(null) - 1)
     return p
+
+
+def pair_p(difference: float, draws: ArrayLike) -> float:
+    """Two-sided p of a difference beside the difference of two draws of a normal null: t = difference / (sd sqrt(2))."""
+    null = np.asarray(draws, dtype=float)
+    _, spread = _of_next(null)
+    apart = spread * math.sqrt(2 / (1 + 1 / len(null)))
+    return float(2 * stats.t.sf(abs(difference) / apart, len(null) - 1))
 
 
 def _of_next(null: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -91,18 +91,29 @@ def paired_permutation(
         raise UserError(
             f"paired values of {len(x)} and {len(y)} prompts; give the same two or more prompts in one order"
         )
-    change = y - x
-    sums = change if clusters is None else np.bincount(membership(clusters), change)
+    return float(sign_flips(y - x, n_permutations, seed, clusters=clusters))
+
+
+def sign_flips(
+    changes: ArrayLike, n_permutations: int = 10_000, seed: int = 0, *, clusters: Clusters = None
+) -> NDArray[np.float64]:
+    """The same p of each column's mean change [prompt, ...], signs flipped in whole prompts or clusters. UserError for one alone."""
+    change = np.asarray(changes, dtype=float)
+    sums = change
+    if clusters is not None:
+        member = membership(clusters)
+        sums = np.zeros((int(member.max()) + 1, *change.shape[1:]))
+        np.add.at(sums, member, change)
     if len(sums) < 2:
-        raise UserError(f"{len(x)} paired prompts of one cluster; a test needs two clusters or more")
-    return float(
-        stats.permutation_test(
-            (sums,),
-            lambda a, axis: a.mean(axis=axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=n_permutations,
-            batch=1000,
-            rng=np.random.default_rng(seed),
-        ).pvalue
+        raise UserError(f"{len(change)} paired prompts of one cluster; a test needs two clusters or more")
+    found = stats.permutation_test(
+        (sums,),
+        lambda a, axis: a.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=n_permutations,
+        batch=500,
+        axis=0,
+        rng=np.random.default_rng(seed),
     )
+    return np.asarray(found.pvalue, dtype=float)

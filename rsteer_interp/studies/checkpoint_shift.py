@@ -47,7 +47,9 @@ Pair = tuple[Float[Tensor, "prompt d"], Float[Tensor, "prompt d"]]
 
 def run_shift(config: Config, scripts: Path) -> Path:
     """The whole command; returns the result folder."""
-    names = (config.refused, config.answered, *config.others)
+    if config.contrast[0] == config.contrast[1]:
+        raise UserError(f"--contrast names '{config.contrast[0]}' twice; give two different prompt sets")
+    names = (*config.contrast, *config.others)
     texts = {name: load_prompts(name).sample(config.prompts, config.seed).texts for name in names}
     before = _load(config, config.before)
     rows = before.template().encode_all([text for part in texts.values() for text in part])
@@ -77,6 +79,7 @@ def run_shift(config: Config, scripts: Path) -> Path:
         "sites": found,
         "n": len(rows),
         "sets": {name: len(part) for name, part in texts.items()},
+        "contrast": list(config.contrast),
         "model": about,
         "after": {"name": config.after, "fingerprint": after.fingerprint},
     }
@@ -97,7 +100,7 @@ def _states(backend: Backend, rows: list[Tokens], sites: list[Site], which: str)
 
 
 def shift_at(pair: Pair, n: list[int], config: Config) -> dict[str, Any]:
-    """Everything about the shift at one site; the first n[0] prompts are of the refused set, the next n[1] of the answered one."""
+    """Everything about the shift at one site; the first n[0] prompts are of the contrast's first set, the next n[1] of its second."""
     x, y = pair
     moved = ((y - x).double().norm(dim=1) / x.double().norm(dim=1)).tolist()
     if not max(moved) > 1e-6:
@@ -146,15 +149,15 @@ def finding(data: Mapping[str, Any]) -> str:
     one = shifted[-1]
     shift, moved, threshold = one["shift"], one["moved"], str(THRESHOLD)
     rank, band = shift["rank_null"]["isotropic"][threshold], shift["rank_null"]["pairing"][threshold]
-    mean, cosine = shift["mean_shift"], shift["cosine"]
+    mean, cosine, (first, second) = shift["mean_shift"], shift["cosine"], data["contrast"]
     return (
         f"Entering {'the final norm' if one['layer'] == data['model']['n_layers'] else 'block ' + str(one['layer'])}, states differ by "
         f"{moved['value']:.2f} ({moved['low']:.2f} to {moved['high']:.2f}) of their length (n = {data['n']} prompts). "
         f"{THRESHOLD:.0%} of the shift's energy lie in {rank['rank']} dimensions; shifts as large in random directions need "
         f"{rank['low']:.0f} to {rank['high']:.0f} (p = {rank['p']:.2g}), differences to another prompt's states {band['low']:.0f} to {band['high']:.0f}. "
         f"A shift that all prompts share has {mean['share']:.0%} of the energy (swapped labels: 95 % below {mean['null_high']:.0%}, "
-        f"p = {mean['p']:.2g}). The first component's cosine with refused minus answered states is {cosine['random']['cosine']:+.2f} (permuted "
-        f"labels: 95 % below {cosine['label_high']:.2f}, p = {cosine['label_p']:.2g})."
+        f"p = {mean['p']:.2g}). The first component's cosine with the mean state of '{first}' prompts minus that of '{second}' prompts is "
+        f"{cosine['random']['cosine']:+.2f} (permuted labels: 95 % below {cosine['label_high']:.2f}, p = {cosine['label_p']:.2g})."
     )
 
 

@@ -24,6 +24,7 @@ from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.studies.component_shares import Component, differences, random_heads, top_heads
 from rsteer_interp.studies.component_steps import Reader, ablation, attention, indices, take_apart
 from rsteer_interp.studies.layer_curves import correlations
+from rsteer_interp.studies.reader_checks import checks_table, checks_words
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
         )
     chosen = top_heads(shares["select"]["value"], components, config.heads)
     draws = random_heads(chosen, n_heads, config.random, config.seed)
-    texts = {name: [report.texts[i] for i in members] for name, members in groups.items()}
-    effects = ablation(study, reader, fit, texts, chosen, draws, tokens)
-    looks = attention(study, reader, config.example, texts["refused"], chosen, draws, n_heads)
+    asked = {name: report.subset(members) for name, members in groups.items()}
+    effects = ablation(study, reader, fit, asked, chosen, draws, tokens)
+    looks = attention(study, reader, config.example, asked["refused"], chosen, draws, n_heads)
     data = {
         "base_rates": study.rates("report", *SETS),
         "refusal_tokens": [study.backend.tokenizer.decode([t]) for t in tokens],
@@ -97,7 +98,7 @@ def _direction(study: Study, config: Config, fit: Scored, select: Scored) -> tup
 
 def _differences(parts: Tensor, scored: Scored, seed: int) -> dict[str, Any]:
     keep = sorted(indices(scored, 1) + indices(scored, -1))
-    return differences(parts[keep], scored.confidence[keep] > 0, [scored.sets[i] for i in keep], seed)
+    return differences(parts[keep], scored.confidence[keep] > 0, [scored.groups[i] for i in keep], seed)
 
 
 def _total(parts: Tensor, scored: Scored) -> dict[str, Any]:
@@ -116,14 +117,14 @@ def finding(data: dict[str, Any]) -> str:
     }
     place = {(c["layer"], c["head"]): i for i, c in enumerate(components) if c["kind"] == "head"}
     mine = sum(report["value"][place[tuple(h)]] for h in data["chosen"]) / total["value"]
-    hits, inside = (sum(q <= 0.05 for q in report[name]) for name in ("q", "within_q"))
+    hits, inside = (sum(q <= 0.05 for q in report[name]) for name in ("q", "within_subject_q"))
     heads, ablated, answered = len(data["chosen"]), data["ablation"]["refused"], data["ablation"]["answered"]
     parts = [
         f"Refused and answered prompts lie {interval(total)} apart along the mean difference at layer {data['layer']} "
         f"(n = {total['n']}, permuted labels p = {total['p']:.2g}); heads write {100 * of['head']:.0f} % of it, MLPs "
         f"{100 * of['mlp']:.0f} %, at the last token.",
         f"{hits} of {len(components)} components are beyond permuted labels (q <= 0.05), {inside} with labels permuted inside "
-        f"prompt sets; the {heads} heads chosen on select write {100 * mine:.0f} %.",
+        f"subjects (n = {report['n_within']}); the {heads} heads chosen on select write {100 * mine:.0f} %.",
     ]
     effect = ablated["effect"]
     verdict = "" if ablated["p"] <= 0.05 else "not distinguishable from random, "
@@ -140,7 +141,7 @@ def finding(data: dict[str, Any]) -> str:
         f"From the last token they give {100 * look['effect']['value']:.0f} % ({100 * look['effect']['low']:.0f} to "
         f"{100 * look['effect']['high']:.0f}) of their attention to the instruction ({beside}, n = {look['effect']['n']})."
     )
-    return " ".join(parts)
+    return " ".join([*parts, checks_words(data["ablation"]["read_out"])])
 
 
 def tables(data: dict[str, Any]) -> list[Table]:
@@ -149,7 +150,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
     table = Table(
         title=f"What writes the direction of layer {data['layer']}, share of the difference, n = {report['n']}"
     )
-    for column in ("component", "share, report", "null, 95 %", "q", "q inside sets", "share, select"):
+    for column in ("component", "share, report", "null, 95 %", "q", "q inside subjects", "share, select"):
         table.add_column(column)
     chosen = {tuple(h) for h in data["chosen"]}
     heads = [i for i, c in enumerate(components) if (c["layer"], c["head"]) in chosen and c["kind"] == "head"]
@@ -162,7 +163,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
             interval(e),
             f"{e['null_low']:.2f} to {e['null_high']:.2f}",
             f"{report['q'][i]:.2g}",
-            f"{report['within_q'][i]:.2g}",
+            f"{report['within_subject_q'][i]:.2g}",
             f"{data['select_value'][i] / before:.2f}",
         )
-    return [table]
+    return [table, checks_table(data["ablation"]["read_out"])]

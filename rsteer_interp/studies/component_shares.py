@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.nulls import false_discovery
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.draws import Beside, next_draw, next_draw_p, p_value, percentiles, upper
+from rsteer_interp.statistics.intervals import Clusters, Estimate, membership
+from rsteer_interp.statistics.resampling import movable, permutations
 
 
 @dataclass(frozen=True)
@@ -40,58 +40,56 @@ class Component:
 def differences(
     parts: Float[Tensor, "prompt component"],
     refused: Bool[Tensor, " prompt"],
-    sets: Sequence[str],
+    subjects: Sequence[Hashable],
     seed: int,
     n: int = 2000,
 ) -> dict[str, Any]:
-    """Mean of refused minus mean of answered prompts, per component, with Welch's interval and permuted labels as null.
+    """Mean of refused minus mean of answered prompts, per component, with Welch's interval over subjects and permuted labels as null.
 
     `null_low`, `null_high`: 95 % of label permutations; `null_max`: 95 % quantile of their largest |difference| over components.
-    q: two-sided permutation p after false-discovery control. `within_q`: the same where labels move only inside their prompt
-    set and each set is centred, so that a difference of topic between the sets counts for nothing.
+    q: two-sided permutation p after false-discovery control. `within_subject_q`: the same where labels move only inside their
+    subject and each subject is centred, so that topic counts for nothing.
     """
     x = parts.double()
     # Embeddings and biases: the last token is the same in all prompts.
     constant = x.std(0) < 1e-9 * x.abs().amax().clamp(min=1e-300)
-    x = torch.where(constant, x.mean(0), x)
-    value, null = _permuted(x, refused, torch.zeros(len(x), dtype=torch.long), seed, n)
-    member = torch.from_numpy(np.unique(list(sets), return_inverse=True)[1])
-    inside, inside_null = _permuted(x, refused, member, seed, n)
-    varying = (~constant).nonzero()[:, 0]
-    welch = stats.ttest_ind(x[refused][:, varying].numpy(), x[~refused][:, varying].numpy(), equal_var=False)
-    ends = [value.clone().index_copy(0, varying, torch.from_numpy(end)) for end in welch.confidence_interval()]
-    low, high = null.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-
-    def p_values(value: Tensor, null: Tensor) -> list[float]:
-        reached = (null.abs() >= value.abs() - 1e-12).sum(0)
-        return ((1 + reached) / (1 + n)).tolist()
-
-    p, within_p = p_values(value, null), p_values(inside, inside_null)
+    x = torch.where(constant, 0.0, x)
+    value, null = _permuted(x, refused, ["any"] * len(x), seed, n)
+    inside, inside_null = _permuted(x, refused, subjects, seed, n)
+    sides = [[s for s, r in zip(subjects, refused.tolist(), strict=True) if r == side] for side in (True, False)]
+    ends = [Estimate.difference(c[refused], c[~refused], clusters=(sides[0], sides[1])) for c in x.T]
+    low, high = percentiles(null)
+    p = p_value(value, null).tolist()
     return {
         "value": value.tolist(),
-        "low": ends[0].tolist(),
-        "high": ends[1].tolist(),
+        "low": [e.low for e in ends],
+        "high": [e.high for e in ends],
         "null_low": low.tolist(),
         "null_high": high.tolist(),
-        "null_max": float(null.abs().amax(1).quantile(0.95)),
+        "null_max": float(upper(null.abs().amax(1))),
         "p": p,
         "q": list(false_discovery(p)),
-        "within": inside.tolist(),
-        "within_q": list(false_discovery(within_p)),
+        "within_subject": inside.tolist(),
+        "within_subject_q": list(false_discovery(p_value(inside, inside_null).tolist())),
+        "n_within": int(movable(refused.tolist(), subjects).sum()),
         "n_refused": int(refused.sum()),
         "n_answered": int((~refused).sum()),
         "n": len(refused),
     }
 
 
-def _permuted(x: Tensor, refused: Tensor, member: Tensor, seed: int, n: int) -> tuple[Tensor, Tensor]:
+def _permuted(
+    x: Float[Tensor, "prompt component"],
+    refused: Bool[Tensor, " prompt"],
+    groups: Sequence[Hashable],
+    seed: int,
+    n: int,
+) -> tuple[Float[Tensor, " component"], Float[Tensor, "draw component"]]:
     """The difference of means per component, groups centred, and the same under labels permuted inside groups."""
+    member = torch.from_numpy(membership(groups))
     sizes = member.bincount().double()[:, None]
     x = x - (torch.zeros(len(sizes), x.shape[1]).double().index_add(0, member, x) / sizes)[member]
-    order = member.argsort(stable=True)
-    keys = member + torch.rand(n, len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    labels = torch.empty(n, len(x), dtype=torch.bool)
-    labels[:, order] = refused[keys.argsort(1)]
+    labels = refused[torch.from_numpy(permutations(len(x), n, seed, within=groups))]
 
     def difference(y: Tensor) -> Tensor:
         y = y.double()
@@ -124,23 +122,21 @@ def random_heads(
     return out
 
 
-def against_random(chosen: Float[Tensor, " prompt"], random: Float[Tensor, "prompt draw"]) -> dict[str, Any]:
-    """Mean effect of the chosen heads with interval; where one more random set would lie (95 %), rank and p.
-
-    p is two-sided, from the t prediction interval: t = z / sqrt(1 + 1/R), R - 1 degrees of freedom.
-    """
+def against_random(
+    chosen: Float[Tensor, " prompt"], random: Float[Tensor, "prompt draw"], subjects: Clusters = None
+) -> dict[str, Any]:
+    """Mean effect of the chosen heads with its interval over subjects; where one more random set would lie (95 %), rank and p."""
     means = random.mean(0)
-    count = len(means)
-    sd = max(float(means.std()), 1e-12) * math.sqrt(1 + 1 / count)
-    middle, half = float(means.mean()), float(stats.t.ppf(0.975, count - 1)) * sd
+    effect = Estimate.of(chosen.tolist(), clusters=subjects)
+    low, high = next_draw(means)
     return {
-        "effect": asdict(Estimate.of(chosen.tolist())),
+        "effect": asdict(effect),
         "random": means.tolist(),
-        "random_low": middle - half,
-        "random_high": middle + half,
-        "rank": 1 + int((means >= chosen.mean()).sum()),
-        "n_random": count,
-        "p": 2 * float(stats.t.sf(abs(float(chosen.mean()) - middle) / sd, count - 1)),
+        "random_low": float(low),
+        "random_high": float(high),
+        "rank": Beside.of(effect.value, means.tolist()).rank,
+        "n_random": len(means),
+        "p": float(next_draw_p(effect.value, means)),
     }
 
 

@@ -11,15 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.backends import load_backend
-from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.backends.transformerlens import TransformerLensBackend
 from rsteer_interp.errors import UserError
-from rsteer_interp.heads import Head, ablated_log_odds, last_heads
+from rsteer_interp.heads import Head, SetHeads, ablated_log_odds, last_heads
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import NEUTRAL_BAND
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.component_shares import SPANS, against_random, mass_by_span
+from rsteer_interp.studies.reader_checks import judged_subsample
 from rsteer_interp.studies.study import Study
 
 _ROWS = 16  # prompts at once whose components are held
@@ -78,7 +79,7 @@ def ablation(
     study: Study,
     reader: Reader,
     fit: Scored,
-    texts: dict[str, list[str]],
+    asked: dict[str, Scored],
     chosen: list[Head],
     draws: list[list[Head]],
     tokens: tuple[int, ...],
@@ -96,10 +97,10 @@ def ablation(
 
     found = study.stage("3_means", shared, mean).tensors
     means = {site: found[str(site)] for site in sites}
-    out = {}
-    for name, prompts in texts.items():
+    out: dict[str, Any] = {}
+    for name, scored in asked.items():
 
-        def compute(name: str = name, prompts: list[str] = prompts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        def compute(name: str = name, prompts: list[str] = scored.texts) -> tuple[dict[str, Any], dict[str, Tensor]]:
             odds = []
             with progress(f"ablating heads, {name}", len(prompts)) as advance:
                 for row in study.template.encode_all(prompts):
@@ -107,10 +108,17 @@ def ablation(
                     advance(1)
             return {}, {"log_odds": torch.stack(odds)}
 
-        key = {**shared, "prompts": prompts, "draws": draws, "tokens": tokens}
+        key = {**shared, "prompts": scored.texts, "draws": draws, "tokens": tokens}
         odds = study.stage(f"3_ablate_{name}", key, compute).tensors["log_odds"].double()
         removed = odds[:, :1] - odds[:, 1:]
-        out[name] = against_random(removed[:, 0], removed[:, 1:]) | {"base": asdict(Estimate.of(odds[:, 0].tolist()))}
+        base = Estimate.of(odds[:, 0].tolist(), clusters=scored.subjects)
+        out[name] = against_random(removed[:, 0], removed[:, 1:], scored.subjects) | {"base": asdict(base)}
+    texts, subjects = ([x for scored in asked.values() for x in getattr(scored, k)] for k in ("texts", "subjects"))
+    every = {site: torch.zeros(len(texts), len(mean), dtype=torch.bool) for site, mean in means.items()}
+    for layer, head in chosen:
+        every[Site(layer, "z")][:, head] = True
+    kinds: dict[str, list[Edit | None]] = {"heads at their mean": [SetHeads(means, every)]}
+    out["read_out"] = judged_subsample(study, "3_judged", shared, kinds, texts, subjects, reader.backend)
     return out
 
 
@@ -118,7 +126,7 @@ def attention(
     study: Study,
     reader: Reader,
     example: str,
-    texts: list[str],
+    asked: Scored,
     chosen: list[Head],
     draws: list[list[Head]],
     n_heads: dict[int, int],
@@ -129,20 +137,22 @@ def attention(
 
     def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
         masses = []
-        with progress("reading attention", len(texts)) as advance:
-            for row in study.template.encode_all(texts):
+        with progress("reading attention", len(asked.texts)) as advance:
+            for row in study.template.encode_all(asked.texts):
                 masses.append(mass_by_span(reader.backend().attention(row, pool), (row.prefix, row.instruction)))
                 advance(1)
         return {}, {"mass": torch.stack(masses), "example": reader.backend().attention(shown, chosen)}
 
-    found = study.stage("4_attention", {"prompts": texts, "heads": chosen, "example": list(shown.ids)}, compute).tensors
+    found = study.stage(
+        "4_attention", {"prompts": asked.texts, "heads": chosen, "example": list(shown.ids)}, compute
+    ).tensors
     mass = found["mass"].double()
 
     def of(heads: list[Head], span: int) -> Float[Tensor, " prompt"]:
         return mass[:, [pool.index(head) for head in heads], span].mean(1)
 
     spans = {
-        name: against_random(of(chosen, i), torch.stack([of(draw, i) for draw in draws], 1))
+        name: against_random(of(chosen, i), torch.stack([of(draw, i) for draw in draws], 1), asked.subjects)
         for i, name in enumerate(SPANS)
     }
     return {
@@ -152,5 +162,5 @@ def attention(
         "tokens": [study.backend.tokenizer.decode([t]) for t in shown.ids],
         "ends": [shown.prefix, shown.instruction],
         "pattern": found["example"].tolist(),
-        "n": len(texts),
+        "n": len(asked.texts),
     }

@@ -17,13 +17,14 @@ from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.spectrum import principal_angles
+from rsteer_interp.statistics.draws import p_value, upper
+from rsteer_interp.statistics.intervals import student
+from rsteer_interp.statistics.resampling import bootstrap_counts, halves, permutations
 
-KindMask = Bool[Tensor, "kind n"]
+Side = Bool[Tensor, "kind n"] | Float[Tensor, "kind n"]  # how much a prompt counts as refused (or answered) of a kind
 
 
-def coefficients(
-    refused: KindMask, answered: KindMask, weights: Float[Tensor, "*draw n"]
-) -> Float[Tensor, "*draw kind n"]:
+def coefficients(refused: Side, answered: Side, weights: Float[Tensor, "*draw n"]) -> Float[Tensor, "*draw kind n"]:
     """c with direction = c @ states: weighted mean of refused minus weighted mean of answered prompts. NaN for an empty class."""
     r, a = (mask.double() * weights[..., None, :] for mask in (refused, answered))
     return r / r.sum(-1, keepdim=True) - a / a.sum(-1, keepdim=True)
@@ -52,31 +53,31 @@ class Groups:
 
     def halves(self, n: int, seed: int) -> Bool[Tensor, "split n"]:
         """Random halves of each set's subjects; True is the first half."""
-        rng, first = np.random.default_rng(seed), np.zeros((n, len(self.stratum)), dtype=bool)
-        for row in first:
-            for s in np.unique(self.stratum):
-                units = rng.permutation(np.flatnonzero(self.stratum == s))
-                row[units[: (len(units) + int(rng.integers(2))) // 2]] = True
-        return torch.from_numpy(first[:, self.member])
+        return torch.from_numpy(
+            halves(len(self.member), n, seed, clusters=self.member, strata=self.stratum[self.member])
+        )
 
     def bootstrap(self, n: int, seed: int) -> Float[Tensor, "draw n"]:
-        """How often each prompt is drawn when subjects are drawn with replacement, set by set: one fewer than there are, which
-        makes the variance right for few subjects (Rao and Wu 1988)."""
-        rng, times = np.random.default_rng(seed), np.zeros((n, len(self.stratum)))
-        for s in np.unique(self.stratum):
-            units = np.flatnonzero(self.stratum == s)
-            times[:, units] = rng.multinomial(max(len(units) - 1, 1), np.full(len(units), 1 / len(units)), size=n)
-        return torch.from_numpy(times[:, self.member])
+        """How often each prompt is drawn when subjects are drawn with replacement, set by set, one fewer than there are."""
+        strata = self.stratum[self.member]
+        drawn = bootstrap_counts(len(self.member), n, seed, clusters=self.member, strata=strata, fewer=1)
+        return torch.from_numpy(drawn).double()
 
     @property
     def quantile(self) -> float:
         """97.5 % of Student's t with as many degrees of freedom as the set with the fewest subjects allows."""
-        return float(stats.t.ppf(0.975, max(int(np.bincount(self.stratum).min()) - 1, 1)))
+        return student(max(int(np.bincount(self.stratum).min()) - 1, 1))
+
+    def within(self, refused: Side, answered: Side) -> Bool[Tensor, " kind"]:
+        """The kinds whose refused and answered prompts are of the same subjects."""
+        belongs = torch.nn.functional.one_hot(torch.from_numpy(self.member)).double()
+        r, a = (side.double() @ belongs > 0 for side in (refused, answered))
+        return (r == a).all(1)
 
 
 def cross_half(
-    refused: KindMask,
-    answered: KindMask,
+    refused: Side,
+    answered: Side,
     gram: Float[Tensor, "n n"],
     weights: Float[Tensor, "*draw n"],
     halves: Bool[Tensor, "*draw split n"],
@@ -109,14 +110,15 @@ def random_cosines(answered: Float[Tensor, "n d"], n_draws: int, seed: int) -> F
 
 def atlas(
     states: Float[Tensor, "n d"],
-    refused: KindMask,
-    answered: KindMask,
+    refused: Side,
+    answered: Side,
     groups: Groups,
     seed: int,
     *,
     n_splits: int = 50,
     n_draws: int = 200,
     n_random: int = 2000,
+    n_shuffles: int = 499,
 ) -> dict[str, Any]:
     """Cosine matrices of all kinds at one site, as plain data (None where not defined).
 
@@ -124,7 +126,8 @@ def atlas(
     split-half cosine r. Intervals are value +- t standard deviations of a bootstrap over subjects (a percentile interval of a cosine would
     be off, as resampling adds noise and so lowers cosines). A disattenuated value needs both r above 0 by that
     interval. `null_q95` and `p` are of random pairs with the covariance of the answered states; `isotropic_q95` of pairs uniform on
-    the sphere, cos^2 ~ Beta(1/2, (d - 1)/2).
+    the sphere, cos^2 ~ Beta(1/2, (d - 1)/2). `within_subject_p`, of two kinds that are inside their subjects: the same cosine of
+    directions from labels permuted within subjects, which differ as prompts on one subject do.
     """
     x = states.double()
     gram = x @ x.T
@@ -141,15 +144,27 @@ def atlas(
     t = groups.quantile
     reliable = half - t * half_sd > 0
     corrected = torch.where(reliable[:, None] & reliable[None], disattenuated(across), torch.nan)
-    null = random_cosines(states[answered.any(0)], n_random, seed)
-    p = (1 + (null[:, None, None] >= raw.abs()).sum(0)) / (1 + n_random)
+    null = random_cosines(states[(answered > 0).any(0)], n_random, seed)
+    size, inside = raw.abs(), groups.within(refused, answered)
+    p = p_value(size, null[:, None, None].expand(-1, *size.shape), "greater")
+    within: list[list[float | None]] = [[None] * len(refused) for _ in refused]
+    if bool(inside.any()):
+        orders = torch.from_numpy(permutations(len(x), n_shuffles, seed, within=groups.member))
+        r, a = (side[inside].double()[:, orders].transpose(0, 1) for side in (refused, answered))
+        c = r / r.sum(-1, keepdim=True) - a / a.sum(-1, keepdim=True)
+        found = p_value(size[inside][:, inside], cosines(c, c, gram).abs(), "greater").tolist()
+        at = inside.nonzero()[:, 0].tolist()
+        for i, line in zip(at, found, strict=True):
+            for j, value in zip(at, line, strict=True):
+                within[i][j] = value
     return {
         "raw": _matrix(raw, t * _spread(cosines(drawn, drawn, gram)), bound=1.0),
         "disattenuated": _matrix(corrected, t * _spread(disattenuated(boot))),
         "reliability": [2 * r / (1 + r) if r > 0 else 0.0 for r in half.tolist()],
         "half_cosine": _matrix(half[None], t * half_sd[None], bound=1.0)[0],
         "p": p.tolist(),
-        "null_q95": float(null.quantile(0.95)),
+        "within_subject_p": within,
+        "null_q95": float(upper(null)),
         "isotropic_q95": float(np.sqrt(stats.beta(0.5, (x.shape[1] - 1) / 2).ppf(0.95))),
     }
 
@@ -183,26 +198,30 @@ def subject_subspace(
     k: int,
     least: int = 2,
 ) -> Float[Tensor, "k d"] | None:
-    """The k leading dimensions of a kind's per-subject directions: unit(mean of a subject's refused prompts - mean answered).
+    """The k leading dimensions of a kind's per-subject directions: unit(mean of a subject's refused prompts - mean answered), of the
+    answered ones of the same subject where it has some.
 
     Subjects with at least `least` refused prompts count; None with fewer than k of them.
     """
-    found = [
-        states[mine].double().mean(0)
-        for u in np.unique(groups.member)
-        if int((mine := refused & torch.from_numpy(groups.member == u)).sum()) >= least
-    ]
-    if len(found) < k or not bool(answered.any()):
+    if not bool(answered.any()):
         return None
-    rows = torch.stack(found) - states[answered].double().mean(0)
-    basis: Tensor = torch.linalg.svd(rows / rows.norm(dim=1, keepdim=True), full_matrices=False).Vh
+    x, rows = states.double(), []
+    for u in np.unique(groups.member):
+        mine = torch.from_numpy(groups.member == u)
+        if int((refused & mine).sum()) >= least:
+            own = answered & mine
+            rows.append(x[refused & mine].mean(0) - x[own if bool(own.any()) else answered].mean(0))
+    if len(rows) < k:
+        return None
+    stacked = torch.stack(rows)
+    basis: Tensor = torch.linalg.svd(stacked / stacked.norm(dim=1, keepdim=True), full_matrices=False).Vh
     return basis[:k]
 
 
 def subspace_cosines(
     states: Float[Tensor, "n d"],
-    refused: KindMask,
-    answered: KindMask,
+    refused: Side,
+    answered: Side,
     groups: Groups,
     k: int,
     seed: int,
@@ -238,5 +257,5 @@ def subspace_cosines(
             [torch.stack(found).mean(0).tolist() if (found := pairs.get((min(i, j), max(i, j)))) else None for j in range(n_kinds)]
             for i in range(n_kinds)
         ],
-        "null_q95": torch.stack(null).double().quantile(0.95, dim=0).tolist() if null else None,
+        "null_q95": upper(torch.stack(null)).tolist() if null else None,
     }  # fmt: skip

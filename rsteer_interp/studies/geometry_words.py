@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rsteer_interp.studies.reader_checks import checks_words
+
 
 def finding(data: Mapping[str, Any], n_layers: int) -> str:
     """The answer for the first two kinds, then its evidence: geometry, steering, selectivity, independence."""
@@ -17,6 +19,14 @@ def finding(data: Mapping[str, Any], n_layers: int) -> str:
         f"{_apart(data, second)}.",
         f"Cosine of their directions at layer {data['chosen']['layer']} of {n_layers} (chosen on select): {_cosine(data, first, second)}.",
     ]
+    inside = (f"{first}_inside", f"{second}_inside")
+    if set(inside) <= set(label):
+        p = _matrix_cell(data, "within_subject_p", *inside)
+        raw = _matrix_cell(data, "raw", *inside)
+        parts.append(
+            f"Of refused and answered prompts on the same subject, where topic cannot help, it is {raw['value']:.2f} "
+            f"({raw['low']:.2f} to {raw['high']:.2f}; labels permuted within subjects p = {p:.2g})."
+        )
     if over:
         parts.append(f"{label[first].capitalize()} with {label[over]}: {_cosine(data, first, over)}.")
     parts.append(
@@ -32,7 +42,8 @@ def finding(data: Mapping[str, Any], n_layers: int) -> str:
                 f"({s['low']:.2f} to {s['high']:.2f}, n = {s['n']}), {_random(s['p'])}."
             )
     pairs = [p for p in data["independence"]["downstream"] if {p["ablated"], p["read"]} == {first, second}]
-    return " ".join(parts + [_independence(pair, label) for pair in pairs])
+    parts += [_independence(pair, label) for pair in pairs]
+    return " ".join([*parts, checks_words(data["read_out"])])
 
 
 def _verdict(data: Mapping[str, Any], a: str, b: str) -> str:
@@ -60,9 +71,13 @@ def _apart(data: Mapping[str, Any], second: str) -> str:
 
 
 def _entry(data: Mapping[str, Any], a: str, b: str) -> tuple[dict[str, float], dict[str, float] | None, float]:
-    names, atlas = [k["name"] for k in data["kinds"]], data["atlas"]
-    i, j = names.index(a), names.index(b)
-    return atlas["raw"][i][j], atlas["disattenuated"][i][j], atlas["p"][i][j]
+    raw, clean, p = (_matrix_cell(data, name, a, b) for name in ("raw", "disattenuated", "p"))
+    return raw, clean, p
+
+
+def _matrix_cell(data: Mapping[str, Any], matrix: str, a: str, b: str) -> Any:
+    names = [k["name"] for k in data["kinds"]]
+    return data["atlas"][matrix][names.index(a)][names.index(b)]
 
 
 def _cosine(data: Mapping[str, Any], a: str, b: str) -> str:

@@ -11,14 +11,12 @@ beside random directions whose displacement is as large at every position.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.activations import last_states
@@ -26,7 +24,8 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.interventions import Displace
 from rsteer_interp.nulls import false_discovery
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.draws import next_draw, next_draw_p
+from rsteer_interp.statistics.intervals import Clusters, Estimate
 
 Units = dict[Site, Float[Tensor, "kind d"]]
 
@@ -58,7 +57,9 @@ def shifts(
 
 
 def summary(
-    by_source: Sequence[Float[Tensor, "kind edit prompt site kind"]], names: Sequence[str]
+    by_source: Sequence[Float[Tensor, "kind edit prompt site kind"]],
+    names: Sequence[str],
+    subjects: Clusters = None,
 ) -> list[dict[str, Any]]:
     """For each ordered pair of kinds: mean |shift| by source and later layer, with its null; q over all of a pair's layers.
 
@@ -71,36 +72,26 @@ def summary(
                 continue
             parts = [x[i, :, :, :, j].abs().double() for x in by_source]  # edit, prompt, site
             count = len(parts[0]) - 1
-            widen, quantile = math.sqrt(1 + 1 / count), float(stats.t.ppf(0.975, count - 1))
-            value = [x[0].mean(0) for x in parts]
-            null = [(x[1:].mean(1).mean(0), x[1:].mean(1).std(0).clamp(min=1e-12)) for x in parts]
-            p = [
-                float(2 * stats.t.sf(abs(v - m) / (widen * s), count - 1))
-                for values, (means, sds) in zip(value, null, strict=True)
-                for v, m, s in zip(values.tolist(), means.tolist(), sds.tolist(), strict=True)
-            ]
+            value, null = [x[0].mean(0) for x in parts], [x[1:].mean(1) for x in parts]
+            p = [x for v, draws in zip(value, null, strict=True) for x in next_draw_p(v, draws).tolist()]
             q = false_discovery(p)
-            above = [
-                v > m
-                for values, (means, _) in zip(value, null, strict=True)
-                for v, m in zip(values, means, strict=True)
-            ]
+            above = [x for v, draws in zip(value, null, strict=True) for x in (v > draws.mean(0)).tolist()]
             own = torch.cat([x[0] for x in parts], -1).mean(-1)
             chance = torch.cat([x[1:].mean(0) for x in parts], -1).mean(-1)
-            size = Estimate.of(own.tolist())
+            size = Estimate.of(own.tolist(), clusters=subjects)
             out.append(
                 {
                     "ablated": ablated,
                     "read": read,
                     "mean": [v.tolist() for v in value],
-                    "null": [m.tolist() for m, _ in null],
-                    "null_high": [(m + quantile * widen * s).tolist() for m, s in null],
+                    "null": [draws.mean(0).tolist() for draws in null],
+                    "null_high": [next_draw(draws)[1].tolist() for draws in null],
                     "q": list(q),
                     "beyond": sum(a and x <= 0.05 for a, x in zip(above, q, strict=True)),
                     "pairs": len(q),
                     "size": asdict(size),
                     "random_size": float(chance.mean()),
-                    "excess": asdict(Estimate.of((own - chance).tolist())),
+                    "excess": asdict(Estimate.of((own - chance).tolist(), clusters=subjects)),
                     "n_random": count,
                 }
             )

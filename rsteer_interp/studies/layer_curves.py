@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, replace
+from statistics import median
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.concentration import Concentration, concentration, of_draws
 from rsteer_interp.nulls import false_discovery, max_correlation_null
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.draws import Beside, next_draw, next_draw_p, percentiles
+from rsteer_interp.statistics.intervals import Clusters, Estimate, membership
+from rsteer_interp.statistics.resampling import bootstrap_counts, movable, permutations
 
 
 def read_out(
@@ -22,19 +23,22 @@ def read_out(
     select_c: Float[Tensor, " m"],
     p: Float[Tensor, "n layer"],
     c: Float[Tensor, " n"],
-    sets: Sequence[str],
+    subjects: Sequence[Hashable],
     seed: int,
     n_draws: int = 1000,
 ) -> dict[str, Any]:
-    """r per layer (layers 1, 2, ...) on report with intervals, nulls, the topic-free version, and where r^2 concentrates."""
+    """r per layer (layers 1, 2, ...) on report, with intervals over subjects, nulls, and where r^2 concentrates.
+
+    `within_subject_*`: r of what each subject's mean leaves, its null by verdicts permuted inside subjects. It is the one that
+    topic cannot feed; the plain null, in which any prompt's verdict goes to any other, is fed by it.
+    """
     n = len(c)
-    free = max_correlation_null(p, c, n_draws, seed, groups=sets)
+    free = max_correlation_null(p, c, n_draws, seed, groups=subjects)
     null = max_correlation_null(p, c, n_draws, seed)
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(n, (n_draws, n), generator=generator)
-    boot = correlations(p[draws], c[draws])
-    shuffled = correlations(p.expand(n_draws, -1, -1), c[torch.rand(n_draws, n, generator=generator).argsort(1)])
-    low, high = boot.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    counts = torch.from_numpy(bootstrap_counts(n, n_draws, seed, clusters=subjects)).double()
+    boot = correlations(p.expand(n_draws, -1, -1), c.expand(n_draws, -1), counts)
+    shuffled = correlations(p.expand(n_draws, -1, -1), c[torch.from_numpy(permutations(n, n_draws, seed))])
+    low, high = percentiles(boot)
     layers = list(range(1, p.shape[1] + 1))
     best = int(correlations(select_p[None], select_c[None])[0].argmax())
     r = torch.tensor(null.r, dtype=torch.float64)
@@ -47,9 +51,10 @@ def read_out(
         "null_high": list(null.high),
         "null_max_q95": null.null_max_quantile(0.95),
         "p_max": null.p,
-        "within_set_r": list(free.r),
-        "within_set_null_max_q95": free.null_max_quantile(0.95),
-        "within_set_p_max": free.p,
+        "within_subject_r": list(free.r),
+        "within_subject_null_max_q95": free.null_max_quantile(0.95),
+        "within_subject_p_max": free.p,
+        "within_subject_n": int(movable(c.tolist(), subjects).sum()),
         "n": n,
         "chosen_on_select": {
             "layer": layers[best],
@@ -61,50 +66,56 @@ def read_out(
     }
 
 
-def correlations(x: Float[Tensor, "draw n layer"], y: Float[Tensor, "draw n"]) -> Float[Tensor, "draw layer"]:
-    """Pearson r per draw and layer; 0 where a side is constant."""
-    a, b = x - x.mean(1, keepdim=True), (y - y.mean(1, keepdim=True))[..., None]
-    size = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(size > 0, (a * b).sum(1) / size.clamp(min=1e-300), 0.0)
+def correlations(
+    x: Float[Tensor, "draw n layer"], y: Float[Tensor, "draw n"], counts: Float[Tensor, "draw n"] | None = None
+) -> Float[Tensor, "draw layer"]:
+    """Pearson r per draw and layer, of prompts as often as `counts` has them; 0 where a side is constant."""
+    w = (torch.ones_like(y) if counts is None else counts)[..., None]
+    a, b = (z - (w * z).sum(1, keepdim=True) / w.sum(1, keepdim=True) for z in (x, y[..., None]))
+    size = (w * a.square()).sum(1).sqrt() * (w * b.square()).sum(1).sqrt()
+    return torch.where(size > 0, (w * a * b).sum(1) / size.clamp(min=1e-300), 0.0)
 
 
 def causal_curve(
-    effect: Float[Tensor, "prompt layer"], random: Float[Tensor, "direction layer"], layers: list[int], n_layers: int
+    effect: Float[Tensor, "prompt layer"],
+    random: Float[Tensor, "direction layer"],
+    layers: list[int],
+    n_layers: int,
+    subjects: Clusters = None,
 ) -> dict[str, Any]:
-    """Mean effect per layer (log-odds removed, nats) with interval; z, rank and p against the random directions' means.
+    """Mean effect per layer (log-odds removed, nats) with interval over subjects; z, rank and p against the random directions' means.
 
-    p is two-sided from the t prediction interval of one more random direction: t = z / sqrt(1 + 1/R), R - 1 degrees of
-    freedom; q is p after false-discovery control over layers. `at_peak` is the effect at the layer that is best for the
-    other prompts (leave one out), so it isn't inflated by the choice.
+    p is that of one more random direction (`next_draw_p`), q the same after false-discovery control over layers. `at_peak` is the
+    effect at the layer that is best for the prompts of other subjects (leave one out), so it isn't inflated by the choice.
     """
-    count = len(random)
-    estimates = [Estimate.of(column.tolist()) for column in effect.T]
-    mean, sd = random.mean(0), random.std(0).clamp(min=1e-12)
-    z = (effect.mean(0) - mean) / sd
-    widen = math.sqrt(1 + 1 / count)
-    p = [2 * float(stats.t.sf(abs(value) / widen, count - 1)) for value in z.tolist()]
-    half = float(stats.t.ppf(0.975, count - 1)) * widen * sd
+    estimates = [Estimate.of(column.tolist(), clusters=subjects) for column in effect.T]
+    beside = [Beside.of(e.value, column.tolist()) for e, column in zip(estimates, random.T, strict=True)]
+    low, high = next_draw(random)
+    p = next_draw_p(effect.mean(0), random).tolist()
     out: dict[str, Any] = {
         "effect": [asdict(e) for e in estimates],
-        "random_mean": mean.tolist(),
-        "null_low": (mean - half).tolist(),
-        "null_high": (mean + half).tolist(),
-        "z": z.tolist(),
-        "rank": [1 + int((column >= m).sum()) for column, m in zip(random.T, effect.mean(0), strict=True)],
+        "random_mean": random.mean(0).tolist(),
+        "null_low": low.tolist(),
+        "null_high": high.tolist(),
+        "z": [b.z for b in beside],
+        "rank": [b.rank for b in beside],
         "p": p,
         "q": list(false_discovery(p)),
         "peak_layer": layers[int(effect.mean(0).argmax())],
-        "at_peak": asdict(Estimate.of(_held_out_peak(effect))),
+        "at_peak": asdict(Estimate.of(held_out_peak(effect, subjects), clusters=subjects)),
         "concentration": None,
         "null_effective_layers": _spread([_effective(row) for row in random.clamp(min=0) if bool((row > 0).any())]),
     }
     if bool((effect.mean(0) > 0).any()):
-        out["concentration"] = _on_depth(concentration(effect), layers, n_layers)
+        out["concentration"] = _on_depth(concentration(effect, clusters=subjects), layers, n_layers)
     return out
 
 
-def _held_out_peak(effect: Float[Tensor, "prompt layer"]) -> list[float]:
-    others = effect.sum(0) - effect
+def held_out_peak(effect: Float[Tensor, "prompt layer"], subjects: Clusters = None) -> list[float]:
+    """Every prompt's effect at the layer that is best for the prompts of other subjects."""
+    member = torch.from_numpy(membership(range(len(effect)) if subjects is None else subjects))
+    own = torch.zeros(int(member.max()) + 1, effect.shape[1]).to(effect).index_add(0, member, effect)
+    others = effect.sum(0) - own[member]
     return effect.gather(1, others.argmax(1, keepdim=True))[:, 0].tolist()
 
 
@@ -115,8 +126,8 @@ def _effective(values: Tensor) -> float:
 def _spread(values: list[float]) -> dict[str, float] | None:
     if not values:
         return None
-    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.5, 0.975]).double())
-    return {"median": float(middle), "low": float(low), "high": float(high), "n": len(values)}
+    low, high = percentiles(values)
+    return {"median": median(values), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def _on_depth(found: Concentration, layers: list[int], n_layers: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
+from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 KIND = "layer_concentration"
 EDITS = ("ablate", "add")
+JUDGED_LAYERS = 6  # layers, at most, at which replies under either edit are judged
 LEAST = 4  # fewest refusing report prompts for a causal curve
 QUESTION = "In which layers can refusal be read, and in which is it caused?"
 SETS = (POLITICAL, MATCHED)
@@ -65,13 +67,12 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             select.confidence,
             _project(of_method, states["report"]),
             report.confidence,
-            report.sets,
+            report.groups,
             config.seed,
         )
         for method, of_method in units.items()
     }
-    texts = [report.texts[i] for i in report.refusing[: config.refusing]]
-    causal = _causal(study, config, units[config.methods[0]], fit, texts, evidence)
+    causal = _causal(study, config, units[config.methods[0]], fit, report, evidence)
     data = {
         "base_rates": study.rates("report", *SETS),
         "n_fit": fit_counts(fit),
@@ -97,10 +98,12 @@ def _causal(
     config: Config,
     units: dict[Site, Tensor],
     fit: Scored,
-    texts: list[str],
+    report: Scored,
     evidence: dict[Site, Evidence],
 ) -> dict[str, Any]:
     backend, tokens = study.backend, study.refusal_tokens
+    refusing = report.refusing[: config.refusing]
+    texts, subjects = ([each[i] for i in refusing] for each in (report.texts, report.subjects))
     rows, sites = study.template.encode_all(texts), [s for s in units if s.layer < backend.n_layers]
     key = {name: getattr(config, name) for name in _CAUSAL} | {
         "method": config.methods[0],
@@ -129,14 +132,24 @@ def _causal(
             advance(1)
     x = torch.stack(effects, -1)  # edit, direction (ours, random ...), prompt, layer
     layers = [site.layer for site in sites]
+    judged = dict(list(zip(sites, start["norms"], strict=True))[:: -(-len(sites) // JUDGED_LAYERS)])
+    kinds: dict[str, list[Edit | None]] = {
+        "ablation at one layer": [Displace(site, units[site], units[site]) for site in judged],
+        "addition at one layer": [add({s: units[s]}, {s: -config.dose * norm}) for s, norm in judged.items()],
+    }
+    vectors = {"layers": [site.layer for site in judged], "vectors": [units[site].tolist() for site in judged]}
     return {
+        "read_out": judged_subsample(study, "3_judged", {**key, **vectors}, kinds, texts, subjects),
         "layers": layers,
         "n": len(texts),
         "n_random": config.random,
         "dose": config.dose,
         "null": config.null,
-        "base_log_odds": asdict(Estimate.of(start["log_odds"])),
-        **{edit: causal_curve(x[i, 0], x[i, 1:].mean(1), layers, backend.n_layers) for i, edit in enumerate(EDITS)},
+        "base_log_odds": asdict(Estimate.of(start["log_odds"], clusters=subjects)),
+        **{
+            edit: causal_curve(x[i, 0], x[i, 1:].mean(1), layers, backend.n_layers, subjects)
+            for i, edit in enumerate(EDITS)
+        },
     }
 
 
@@ -164,7 +177,7 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
         parts.append(
             f"Read-out of {method.upper()} at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} "
             f"({r['low']:.2f} to {r['high']:.2f}, n = {r['n']}), {null}p of the maximum {read['p_max']:.2g}; "
-            f"inside sets p = {read['within_set_p_max']:.2g}."
+            f"inside subjects, where topic cannot help, p = {read['within_subject_p_max']:.2g} (n = {read['within_subject_n']})."
         )
     first = data["methods"][0].upper()
     for edit, words in (("ablate", f"Ablating {first}"), ("add", f"Adding -{causal['dose']:g} |resid| of {first}")):
@@ -184,13 +197,13 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
             f"{words}: {size}; peak at layer {curve['peak_layer']}, {len(hits)} of {len(causal['layers'])} layers beyond random "
             f"(q <= 0.05), spread over {spread['value']:.1f} ({spread['low']:.1f} to {spread['high']:.1f}) effective layers."
         )
-    return " ".join(parts)
+    return " ".join([*parts, checks_words(causal["read_out"])])
 
 
 def tables(data: dict[str, Any]) -> list[Table]:
-    """Concentration of every curve."""
+    """Concentration of every curve; and whether log-odds under such edits mean refusal."""
     causal, readouts = data["causal"], data["readouts"]
-    table = Table(title=f"Where refusal concentrates, {data['model']['name']} (95 % intervals over prompts)")
+    table = Table(title=f"Where refusal concentrates, {data['model']['name']} (95 % intervals over subjects)")
     for column in ("", "n", "effective layers", "under the null", "Gini", "peak depth", "centre depth"):
         table.add_column(column)
     for name, curve, n in (
@@ -202,4 +215,4 @@ def tables(data: dict[str, Any]) -> list[Table]:
         names = ("effective_layers", "gini", "peak", "centre")
         cells = [interval(found[k]) for k in names] if found else ["no positive effect", "", "", ""]
         table.add_row(name, str(n), cells[0], under, *cells[1:])
-    return [table]
+    return [table, checks_table(causal["read_out"])]

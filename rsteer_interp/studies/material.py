@@ -7,7 +7,9 @@ from rsteer_interp.prompts import Split
 from rsteer_interp.studies.study import Study
 
 
-def material_of(study: Study, remove: str, contrast: str, keep: str, ordinary: tuple[str, ...]) -> Material:
+def material_of(
+    study: Study, remove: str, contrast: str, keep: str, ordinary: tuple[str, ...], protected: tuple[str, ...] = ()
+) -> Material:
     """Judged prompts of these sets with their states; what each set is to a method is in `Material`."""
 
     def examples(split: Split, name: str) -> Examples:
@@ -26,4 +28,5 @@ def material_of(study: Study, remove: str, contrast: str, keep: str, ordinary: t
         keep,
         ordinary,
         study.config.seed,
+        protected,
     )

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from rsteer_interp.batch import Tokens
 from rsteer_interp.nulls import false_discovery
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.draws import percentiles
+from rsteer_interp.statistics.intervals import Clusters, Estimate
+from rsteer_interp.statistics.paired import sign_flips
+from rsteer_interp.statistics.resampling import bootstrap_counts
+from rsteer_interp.studies.layer_curves import held_out_peak
 
 PERMUTATIONS = 9999
 
@@ -70,39 +73,32 @@ def make_pairs(
 
 
 def patch_map(
-    change: Float[Tensor, "pair donor cell"], gap: Float[Tensor, " pair"], seed: int, n_draws: int = 2000
+    change: Float[Tensor, "pair donor cell"],
+    gap: Float[Tensor, " pair"],
+    seed: int,
+    n_draws: int = 2000,
+    *,
+    subjects: Clusters = None,
 ) -> dict[str, Any]:
     """Share of the gap that each cell carries over: mean change / mean gap, donor 0 of the other class, donor 1 of the same.
 
     change: log-odds with the patch minus without, gap: the other class' prompt minus this one, both in nats. Intervals are
-    bootstraps over pairs. p: change by donor 0 against donor 1, two-sided, donors swapped inside pairs (exact where 2^n
-    swaps are few enough).
+    bootstraps over pairs, or over their subjects. p: change by donor 0 against donor 1, two-sided, donors swapped inside pairs
+    (subjects; exact where there are few enough swaps).
     """
-    draws = torch.randint(len(gap), (n_draws, len(gap)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(n_draws, len(gap), dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
-    edges = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    counts = torch.from_numpy(bootstrap_counts(len(gap), n_draws, seed, clusters=subjects)).double()
     base = (counts @ gap)[:, None]
 
     def share(x: Float[Tensor, "pair cell"]) -> dict[str, list[float]]:
-        low, high = (counts @ x / base).quantile(edges, dim=0)
+        low, high = percentiles(counts @ x / base)
         return {"value": (x.sum(0) / gap.sum()).tolist(), "low": low.tolist(), "high": high.tolist()}
 
-    test = stats.permutation_test(
-        (change[:, 0].numpy(), change[:, 1].numpy()),
-        lambda a, b, axis: (a - b).mean(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=PERMUTATIONS,
-        batch=500,
-        axis=0,
-        rng=np.random.default_rng(seed),
-    )
     return {
         "share": share(change[:, 0]),
         "null": share(change[:, 1]),
-        "nats": [asdict(Estimate.of(column.tolist())) for column in change[:, 0].T],
-        "p": np.atleast_1d(test.pvalue).tolist(),
-        "gap": asdict(Estimate.of(gap.tolist())),
+        "nats": [asdict(Estimate.of(column.tolist(), clusters=subjects)) for column in change[:, 0].T],
+        "p": sign_flips(change[:, 0] - change[:, 1], PERMUTATIONS, seed, clusters=subjects).tolist(),
+        "gap": asdict(Estimate.of(gap.tolist(), clusters=subjects)),
         "n": len(gap),
     }
 
@@ -124,6 +120,8 @@ def hand_over(
     layers: Sequence[int],
     seed: int,
     n_draws: int = 2000,
+    *,
+    subjects: Clusters = None,
 ) -> dict[str, float | int] | None:
     """First layer at which patching the late place carries more than patching the early one, with a bootstrap interval.
 
@@ -139,13 +137,13 @@ def hand_over(
     value = float(first(ahead.sum(0)[None])[0])
     if value > layers[-1]:
         return None
-    draws = torch.randint(len(gap), (n_draws, len(gap)), generator=torch.Generator().manual_seed(seed))
-    low, high = first(ahead[draws].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"value": value, "low": low, "high": high, "n": len(gap)}
+    counts = torch.from_numpy(bootstrap_counts(len(gap), n_draws, seed, clusters=subjects)).to(ahead)
+    return asdict(Estimate.of_draws(value, first(counts @ ahead), len(gap)))
 
 
-def held_out_best(change: Float[Tensor, "pair cell"], gap: Float[Tensor, " pair"]) -> tuple[int, Estimate]:
-    """The best cell, and its share as each pair has it at the cell that is best for the others: no gain from choosing."""
+def held_out_best(
+    change: Float[Tensor, "pair cell"], gap: Float[Tensor, " pair"], subjects: Clusters = None
+) -> tuple[int, Estimate]:
+    """The best cell, and its share as each pair has it at the cell that is best for other subjects' pairs: no gain from choosing."""
     share = change / gap.mean()
-    others = share.sum(0) - share
-    return int(share.sum(0).argmax()), Estimate.of(share.gather(1, others.argmax(1, keepdim=True))[:, 0].tolist())
+    return int(share.sum(0).argmax()), Estimate.of(held_out_peak(share, subjects), clusters=subjects)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
-from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.directions import Evidence, fit_directions
 from rsteer_interp.directions.mean_difference import MeanDifference
 from rsteer_interp.errors import UserError
@@ -24,10 +24,11 @@ from rsteer_interp.gates import balanced_threshold
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import load_prompts
 from rsteer_interp.random_audit import LayerAudit, RandomAudit, aggregation, audited_layers, random_audit
-from rsteer_interp.random_push import Guard
+from rsteer_interp.random_push import Guard, push
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
 from rsteer_interp.statistics.intervals import Estimate
-from rsteer_interp.studies.study import NotApplicable, Study, interval
+from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
+from rsteer_interp.studies.study import BaseReplies, NotApplicable, Study, interval
 
 if TYPE_CHECKING:
     from analyses.random_audit import Config
@@ -36,6 +37,7 @@ KIND = "random_audit"
 QUESTION = (
     "How much refusal goes under a push along a random direction, and where do learned directions fall among them?"
 )
+JUDGED_VECTORS = 6  # random directions, at most, under whose pushes replies are judged
 LEAST = 6  # fewest refused prompts to audit
 
 
@@ -44,7 +46,8 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         raise UserError(f"--vectors is {config.vectors}; give two random directions or more")
     study.check_applicable()
     base = study.replies("report", config.audited)
-    refused = [text for text, flag in zip(base.texts, base.refused.tolist(), strict=True) if flag]
+    audited = base.where(base.refused)
+    refused = audited.texts
     if len(refused) < LEAST:
         raise NotApplicable(
             f"not applicable: {len(refused)} of {len(base.texts)} report prompts of '{config.audited}' are refused"
@@ -89,18 +92,25 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             vectors = stored.tensors["vectors"]
             advance(1)
     audit = RandomAudit(vectors, threshold, tuple(audits))
-    data = {
+    judged = _judged(study, audit, learned, audited.where(audited.refused, n), key)
+    data: dict[str, Any] = {
         **audit.data(),
         "flips_per_vector": [one.flipped(threshold).double().mean(1).tolist() for one in audits],
+        "freed_per_vector": [],
         "falls": [one.falls.tolist() for one in audits],
         "learned": list(learned),
         "aggregation": _aggregation(study, config, audit, rows[n : 2 * n], key),
+        "read_out": judged,
         "base_rates": study.rates("report", config.audited),
         "set": config.audited,
     }
     for found, shares in zip(data["layers"], data["flips_per_vector"], strict=True):
         # Vectors are what is drawn, so the interval is over them.
         found["flipped"] = asdict(Estimate.of(shares, seed=config.seed))
+        still = judged[f"random push, layer {found['layer']}"]
+        data["freed_per_vector"].append([1 - share for share in still["by_edit"]])
+        found["freed"] = asdict(Estimate.of(data["freed_per_vector"][-1]))
+        found["read_out_valid"] = still["valid"]
     return {**data, "finding": finding(data)}, None
 
 
@@ -120,6 +130,29 @@ def _threshold(study: Study, config: Config) -> float:
     scored = study.scored("select", config.audited, config.answered)
     odds = log_odds(study.backend, study.template.encode_all(scored.texts), study.refusal_tokens)
     return balanced_threshold(odds[scored.confidence > 0], {"answered": odds[scored.confidence < 0]})
+
+
+def _judged(
+    study: Study,
+    audit: RandomAudit,
+    learned: dict[str, dict[Site, Float[Tensor, " d"]]],
+    refused: BaseReplies,
+    key: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Judged replies under pushes of every layer, along the first random directions and along the learned ones."""
+    kinds: dict[str, list[Edit | None]] = {}
+    for one in audit.layers:
+        along = {
+            "random": list(audit.vectors[:JUDGED_VECTORS].float()),
+            "learned": [-v[Site(one.layer)].float() for v in learned.values()],
+        }
+        for name, vectors in along.items():
+            pushes = [push(study.backend, one.layer, v, one.dose * one.mu) for v in vectors]
+            kinds[f"{name} push, layer {one.layer}"] = list(pushes)
+    doses = {str(one.layer): one.dose * one.mu for one in audit.layers}
+    used = {name: {str(one.layer): v[Site(one.layer)].tolist() for one in audit.layers} for name, v in learned.items()}
+    whole = {**key, "doses": doses, "learned": used}
+    return judged_subsample(study, "3_judged", whole, kinds, refused.texts, refused.subjects)
 
 
 def _plain(audit: RandomAudit) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -162,17 +195,20 @@ def _aggregation(
 
 def finding(data: dict[str, Any]) -> str:
     top = max(data["layers"], key=lambda one: one["flipped"]["value"])
-    flipped = top["flipped"]
+    freed, flipped = top["freed"], top["flipped"]
     learned = "; ".join(
         f"minus the {name} mean difference takes {s['value']:.1f} (rank {s['rank']} of {s['n'] + 1}, p = {s['p']:.2g})"
         for name, s in top["learned"].items()
     )
     words = (
         f"Pushed along a random direction by {top['dose']:g} of the residual norm at layer {top['layer']}, "
-        f"{flipped['value']:.0%} ({100 * flipped['low']:.0f} to {100 * flipped['high']:.0f}) of refused {data['set']} prompts are read as "
-        f"answered (n = {data['n_prompts']} prompts, {data['n_vectors']} random directions), and the refusal log-odds fall by "
-        f"{interval(top['fall'])} nats; at the same dose {learned}."
+        f"{freed['value']:.0%} ({100 * max(freed['low'], 0):.0f} to {100 * min(freed['high'], 1):.0f}) of refused {data['set']} prompts are no "
+        f"longer refused (judged replies, n = {data['n_prompts']} prompts, {freed['n']} random directions), and the refusal log-odds fall by "
+        f"{interval(top['fall'])} nats ({data['n_vectors']} directions); at the same dose {learned}."
     )
+    if top["read_out_valid"]:
+        words += f" By log-odds {flipped['value']:.0%} are flipped."
+    words += f" {checks_words(data['read_out'])}"
     together = data["aggregation"]
     if together is None:
         return f"{words} No prompt is flipped by two random directions at any layer, so none were aggregated."
@@ -185,12 +221,13 @@ def finding(data: dict[str, Any]) -> str:
 
 def tables(data: dict[str, Any]) -> list[Table]:
     """One row per layer."""
-    table = Table(title=f"Random directions, {data['set']} prompts (report, log-odds)")
+    table = Table(title=f"Random directions, {data['set']} prompts (report)")
     for column in (
         "layer",
         "dose",
         "KL, nats",
-        "flipped",
+        "no longer refused, judged",
+        "flipped by log-odds",
         "fall, nats",
         "largest",
         *(f"-{n}" for n in data["learned"]),
@@ -201,6 +238,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
         found = [one["learned"][name] for name in data["learned"]]
         standings = [f"{s['value']:.2f}, rank {s['rank']}/{s['n'] + 1}" for s in found]
         dose = f"{one['dose']:g}" if one["coherent"] else f"{one['dose']:g} (incoherent)"
-        cells = (str(one["layer"]), dose, f"{kl:.2f}", interval(one["flipped"]), interval(one["fall"]))
+        flipped = interval(one["flipped"]) if one["read_out_valid"] else "not validated"
+        cells = (str(one["layer"]), dose, f"{kl:.2f}", interval(one["freed"]), flipped, interval(one["fall"]))
         table.add_row(*cells, f"{one['largest_fall']:.2f}", *standings)
-    return [table]
+    return [table, checks_table(data["read_out"])]

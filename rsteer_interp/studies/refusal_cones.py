@@ -14,14 +14,16 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
+from rsteer_interp.backends.edits import Edit
 from rsteer_interp.methods.cones import Effects, bypass_effects, fit_cones, sample_test
 from rsteer_interp.methods.independence import dependence, independent_direction
-from rsteer_interp.methods.rdo import RDO, RefusalLoss
+from rsteer_interp.methods.rdo import RDO, RefusalLoss, ablation
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.statistics.draws import Beside
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.material import material_of
+from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -82,7 +84,12 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
         return {"pairs": out}, {}
 
     related = study.stage("3_independence", {**key, "pairs": pairs, "random": config.random}, independence).data
+    subjects = _subjects(study, texts)
+    prompts, of = ([x for name in texts for x in part[name]] for part in (texts, subjects))
+    ablations: list[Edit | None] = [ablation(study.backend, v.float()) for v in every.values()]
+    judged = judged_subsample(study, "4_judged", key, {"ablation everywhere": ablations}, prompts, of)
     data = {
+        "read_out": judged,
         "directions": measured["directions"],
         "cone": {**measured["cone"], "dimension": len(cone)},
         "pairs": related["pairs"],
@@ -191,7 +198,7 @@ def finding(data: Mapping[str, Any]) -> str:
         f"{cone['dimension']} dimensions take {mean:.2f} on average ({min(cone['cone']):.2f} to {max(cone['cone']):.2f}), random edits of "
         f"their size {min(cone['random']):.2f} to {max(cone['random']):.2f} (Mann-Whitney p = {cone['p']:.2g}). A direction trained to be "
         f"independent of the first takes {interval(other['removed'])}; their cosine is {pair['cosine']:.2f}, their RepInd {pair['value']:.2g} "
-        f"(random directions {min(pair['null']):.2g} to {max(pair['null']):.2g}, p = {pair['p']:.2g})."
+        f"(random directions {min(pair['null']):.2g} to {max(pair['null']):.2g}, p = {pair['p']:.2g}). {checks_words(data['read_out'])}"
     )
 
 
@@ -215,4 +222,4 @@ def tables(data: dict[str, Any]) -> list[Table]:
             f"{data['label'][row['first']]} / {data['label'][row['second']]}", f"{row['cosine']:.2f}", f"{row['value']:.2g}",
             f"{min(row['null']):.2g} to {max(row['null']):.2g}", f"{row['p']:.2g}",
         )  # fmt: skip
-    return [effects, pairs]
+    return [effects, pairs, checks_table(data["read_out"])]

@@ -24,7 +24,8 @@ from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.studies.direction_atlas import Groups, atlas, coefficients, subspace_cosines
 from rsteer_interp.studies.geometry_words import finding
 from rsteer_interp.studies.independence import shifts, summary
-from rsteer_interp.studies.refusal_kinds import SETS, Kind, counts, members, with_a_direction
+from rsteer_interp.studies.reader_checks import checks_table
+from rsteer_interp.studies.refusal_kinds import SETS, Kind, counts, members, weights, with_a_direction
 from rsteer_interp.studies.refusal_steering import LEAST, Prompts, Transfer, random_directions, windows
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 from rsteer_interp.studies.transfer import auc
@@ -86,7 +87,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
         "kinds": [{"name": k.name, "label": k.label, "inside": k.inside, "main": k.main} for k in kinds],
         "columns": [k.name for k in columns],
         "layers": [s.layer for s in study.sites],
-        "chosen": {"layer": site.layer, "auc": means, "rule": "largest mean AUC inside prompt sets, select split"},
+        "chosen": {"layer": site.layer, "auc": means, "rule": "largest mean AUC inside subjects, select split"},
         "atlas": by_layer[chosen],
         "pairs": _curves(kinds, columns, by_layer),
         "readout": read_out(kinds, units[site], states["report"][site], scored["report"]),
@@ -99,6 +100,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
         "n": {c: prompts["report"].columns.count(c) for c in [k.name for k in columns]},
         "transfer": transfer.equal_dose(),
         "matched": transfer.matched(),
+        "read_out": transfer.judged(),
         "independence": _independence(study, config, _independent(columns), main, units, vectors, random, transfer),
     }
     return {**data, "finding": finding(data, study.n_layers)}, {
@@ -125,18 +127,18 @@ def _independent(columns: list[Kind]) -> list[Kind]:
 
 def directions(kinds: tuple[Kind, ...], fit: Scored, states: States) -> dict[Site, Float[Tensor, "kind d"]]:
     """Mean differences of every kind at every site, in float64."""
-    c = coefficients(*members(kinds, fit), torch.ones(len(fit.texts), dtype=torch.float64))
+    c = coefficients(*weights(kinds, fit), torch.ones(len(fit.texts), dtype=torch.float64))
     return {site: c @ x.double() for site, x in states.items()}
 
 
 def _atlas(study: Study, config: Config, kinds: tuple[Kind, ...], fit: Scored, states: States) -> list[dict[str, Any]]:
-    groups, masks = Groups.of(fit.sets, fit.subjects), members(kinds, fit)
+    groups, sides = Groups.of(fit.sets, fit.subjects), weights(kinds, fit)
 
     def compute() -> tuple[dict[str, Any], None]:
         found = []
         with progress("comparing directions, layer by layer", len(states)) as advance:
             for x in states.values():
-                found.append(atlas(x, *masks, groups, config.seed))
+                found.append(atlas(x, *sides, groups, config.seed))
                 advance(1)
         return {"layers": found}, None
 
@@ -158,14 +160,18 @@ def _subspaces(kinds: tuple[Kind, ...], fit: Scored, x: Tensor, config: Config) 
 def read_out(
     kinds: tuple[Kind, ...], units: Float[Tensor, "kind d"], states: Float[Tensor, "n d"], scored: Scored
 ) -> list[list[dict[str, float] | None]]:
-    """AUC of the projection on direction i between refused and answered prompts of kind j, with q over all cells; None
-    where either has fewer than LEAST."""
-    p = states.double() @ units.T
-    masks = list(zip(*members(kinds, scored), strict=True))
-    table = [
-        [auc(p[r, i], p[a, i]) if min(int(r.sum()), int(a.sum())) >= LEAST else None for r, a in masks]
-        for i in range(len(kinds))
-    ]
+    """AUC of the projection on direction i between refused and answered prompts of kind j, of a kind inside its subjects between
+    prompts of one subject; with q over all cells; None where either has fewer than LEAST."""
+    p = (states.double() @ units.T).T
+    refused, answered = members(kinds, scored)
+
+    def read(scores: Tensor, j: int) -> dict[str, float] | None:
+        if min(int(refused[j].sum()), int(answered[j].sum())) < LEAST:
+            return None
+        index = (refused[j] | answered[j]).nonzero()[:, 0].tolist()
+        return auc(scores[index], refused[j][index], [scored.groups[i] for i in index], within=kinds[j].inside)
+
+    table = [[read(scores, j) for j in range(len(kinds))] for scores in p]
     there = [cell for line in table for cell in line if cell]
     for cell, q in zip(there, false_discovery([c["p"] for c in there]), strict=True) if there else ():
         cell["q"] = q
@@ -173,7 +179,7 @@ def read_out(
 
 
 def _mean_auc(kinds: tuple[Kind, ...], table: list[list[dict[str, float] | None]]) -> float:
-    """Mean AUC of the kinds' own directions inside sets, where topic cannot help; of all kinds where there is none."""
+    """Mean AUC of the kinds' own directions inside subjects, where topic cannot help; of all kinds where there is none."""
     own = {k: table[i][i] for i, k in enumerate(kinds)}
     inside = [cell["value"] for k, cell in own.items() if cell and k.inside]
     values = inside or [cell["value"] for cell in own.values() if cell]
@@ -181,14 +187,17 @@ def _mean_auc(kinds: tuple[Kind, ...], table: list[list[dict[str, float] | None]
 
 
 def _curves(kinds: tuple[Kind, ...], columns: list[Kind], by_layer: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cosine of the first column's direction with each other main one, and of the same inside sets, by layer."""
+    """Cosine of the first column's direction with each other main one, and of the same inside subjects, by layer."""
     index = {k.name: i for i, k in enumerate(kinds)}
     pairs = [(columns[0].name, k.name) for k in columns[1:]]
     pairs += [("political_inside", "safety_inside")] if {"political_inside", "safety_inside"} <= set(index) else []
     return [
         {
             "pair": [a, b],
-            **{name: [found[name][index[a]][index[b]] for found in by_layer] for name in ("raw", "disattenuated", "p")},
+            **{
+                name: [found[name][index[a]][index[b]] for found in by_layer]
+                for name in ("raw", "disattenuated", "p", "within_subject_p")
+            },
             "null_q95": [found["null_q95"] for found in by_layer],
         }
         for a, b in pairs
@@ -207,11 +216,11 @@ def _independence(
 ) -> dict[str, Any]:
     names = [k.name for k in chosen]
     kept = [i for c in names for i in [j for j, d in enumerate(transfer.report.columns) if d == c][: config.probe]]
-    texts = [transfer.report.texts[i] for i in kept]
+    probed = transfer.report.at(kept)
     some = {s: u[index].float() for s, u in units.items()}
     gaps = {s: v[index].norm(dim=1) for s, v in vectors.items()}
     sources = [layers[0] for layers in windows(study.n_layers)]
-    rows = study.template.encode_all(texts)
+    rows = study.template.encode_all(probed.texts)
 
     def ablated(source: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, shifts(study.backend, rows, source, some, gaps, random[source])
@@ -219,17 +228,17 @@ def _independence(
     found = []
     with progress("ablating, and reading later layers", len(sources)) as advance:
         for layer in sources:
-            key = {**transfer.key, "names": names, "prompts": texts}
+            key = {**transfer.key, "names": names, "prompts": probed.texts}
             found.append(study.stage(f"5_source_{layer:02d}", key, partial(ablated, Site(layer))).tensors)
             advance(1)
     later = [list(range(layer + 1, study.n_layers + 1)) for layer in sources]
     return {
         "kinds": names,
-        "n": len(texts),
+        "n": len(probed.texts),
         "sources": sources,
         "later": later,
-        "downstream": summary([x["downstream"] for x in found], names),
-        "total": summary([x["total"] for x in found], names),
+        "downstream": summary([x["downstream"] for x in found], names, probed.subjects),
+        "total": summary([x["total"] for x in found], names, probed.subjects),
     }
 
 
@@ -255,7 +264,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
         read.add_column(k["label"])
     for k, line in zip(kinds, data["readout"], strict=True):
         read.add_row(k["label"], *(interval(c) if c else "-" for c in line))
-    return [cosines, read, *(_transfer(data, label, *which) for which in _SHOWN)]
+    return [cosines, read, *(_transfer(data, label, *which) for which in _SHOWN), checks_table(data["read_out"])]
 
 
 _SHOWN = (

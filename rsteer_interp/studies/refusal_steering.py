@@ -26,6 +26,7 @@ from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.studies.doses import Dosed, RecordShares, mean_doses
+from rsteer_interp.studies.reader_checks import judged_subsample
 from rsteer_interp.studies.refusal_kinds import Kind
 from rsteer_interp.studies.study import Study
 from rsteer_interp.studies.transfer import cells, dissociation, dose_for
@@ -37,23 +38,29 @@ LEAST = 4  # fewest refused prompts of a column
 
 @dataclass(frozen=True)
 class Prompts:
-    """Refused prompts of several columns, in one list."""
+    """Refused prompts of several columns, in one list, with their subjects."""
 
     texts: list[str]
     columns: list[str]
+    subjects: list[str]
 
     @classmethod
     def refused(cls, scored: Scored, kinds: Sequence[Kind], n: int) -> Prompts:
         """The first n refused prompts of each main kind's set."""
         found = {k.name: [i for i in scored.refusing if scored.sets[i] == k.refused][:n] for k in kinds}
+        index = [i for of_kind in found.values() for i in of_kind]
         return cls(
-            [scored.texts[i] for index in found.values() for i in index],
-            [name for name, index in found.items() for _ in index],
+            [scored.texts[i] for i in index],
+            [name for name, of_kind in found.items() for _ in of_kind],
+            [scored.subjects[i] for i in index],
         )
 
+    def at(self, index: Sequence[int]) -> Prompts:
+        texts, columns, subjects = ([each[i] for i in index] for each in (self.texts, self.columns, self.subjects))
+        return Prompts(texts, columns, subjects)
+
     def only(self, names: Sequence[str]) -> Prompts:
-        kept = [i for i, c in enumerate(self.columns) if c in names]
-        return Prompts([self.texts[i] for i in kept], [self.columns[i] for i in kept])
+        return self.at([i for i, c in enumerate(self.columns) if c in names])
 
 
 def windows(n_layers: int) -> list[list[int]]:
@@ -203,16 +210,29 @@ class Transfer:
         x = torch.stack([r.tensors["removed"].double() for r in rows])  # row, edit (add, ablate, displace ...), prompt
         sizes = [r.data["sizes"] for r in rows]
         columns = self.report.columns
+        of = columns, self.report.subjects
         base = torch.tensor(self.scale["base"]["report"])
         displaced = x[:, 2:].flatten(0, 1), [size for line in sizes for size in line[1:]]
         return {
             "rows": list(self.units),
             "base": {c: float(base[[c == d for d in columns]].mean()) for c in dict.fromkeys(columns)},
-            "add": cells(x[:, 0], [self.dose] * len(rows), self.noise, [self.dose] * n_random, columns),
-            "ablate": cells(x[:, 1], [line[0] for line in sizes], *displaced, columns),
+            "add": cells(x[:, 0], [self.dose] * len(rows), self.noise, [self.dose] * n_random, *of),
+            "ablate": cells(x[:, 1], [line[0] for line in sizes], *displaced, *of),
             "ablation_sizes": [line[0] for line in sizes],
             "dissociation": self._pairs(dict(zip(self.units, x[:, 1], strict=True)), [s[0] for s in sizes], *displaced),
         }
+
+    def judged(self) -> dict[str, dict[str, Any]]:
+        """Log-odds against judged replies on the report prompts, under what the columns' own directions add and ablate."""
+        layers, report = self.window["layers"], self.report
+        names = [name for name in dict.fromkeys(report.columns) if name in self.units]
+        kinds: dict[str, list[Edit | None]] = {
+            "addition over a window": [self.push(layers, self.units[name], self.dose) for name in names],
+            "ablation over a window": [ablate({Site(n): self.units[name][Site(n)] for n in layers}) for name in names],
+        }
+        subjects = [f"{c} {s}" for c, s in zip(report.columns, report.subjects, strict=True)]
+        key = {**self.key, "layers": layers, "dose": self.dose, "rows": names}
+        return judged_subsample(self.study, "3_judged", key, kinds, report.texts, subjects)
 
     def matched(self) -> dict[str, Any]:
         """Rows of main kinds again, each at the dose at which it removes the same from its own select prompts."""
@@ -245,7 +265,7 @@ class Transfer:
         table, known = None, [dose for dose in doses.values() if dose is not None]
         if removed:
             null = self.noise, [self.dose] * len(self.noise)
-            table = cells(torch.stack(list(removed.values())), known, *null, self.report.columns)
+            table = cells(torch.stack(list(removed.values())), known, *null, self.report.columns, self.report.subjects)
         return {
             "target": target,
             "doses": doses,
@@ -267,6 +287,7 @@ class Transfer:
                 random,
                 random_sizes,
                 self.report.columns,
+                self.report.subjects,
                 (names[0], n),
             )
             for n in names[1:]

@@ -49,11 +49,19 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True, eq=False)
 class BaseReplies:
-    """Prompts, whether their unsteered greedy reply refuses, and its mean log-probability per token (nats)."""
+    """Prompts with their subjects, whether the unsteered greedy reply refuses, and its mean log-probability per token (nats; NaN
+    for an empty reply)."""
 
     texts: list[str]
+    subjects: list[str]
     refused: Bool[Tensor, " prompt"]
     log_prob: Float[Tensor, " prompt"]
+
+    def where(self, mask: Bool[Tensor, " prompt"], n: int | None = None) -> BaseReplies:
+        """The first n prompts (all, unless given) for which the mask is true."""
+        rows = mask.nonzero()[:n, 0]
+        texts, subjects = ([values[i] for i in rows] for values in (self.texts, self.subjects))
+        return BaseReplies(texts, subjects, self.refused[rows], self.log_prob[rows])
 
 
 class Module(Protocol[C]):
@@ -122,7 +130,8 @@ class Study(Generic[C]):
         found = self._score(split, name)
         refused = torch.tensor([group[0] for group in found["refused"]][:n])
         log_prob = torch.tensor(found["mean_log_prob"][:n], dtype=torch.float64)
-        return BaseReplies(found["prompts"][:n], refused, log_prob)
+        log_prob[torch.tensor(found["empty"][:n])] = torch.nan
+        return BaseReplies(found["prompts"][:n], found["subjects"][:n], refused, log_prob)
 
     def states(self, split: Split, *sets: str, n: int | None = None) -> States:
         """Last-prompt-token states of the same prompts, in the same order, at every site."""
@@ -172,10 +181,11 @@ class Study(Generic[C]):
                 "first_tokens": [[r.first_token for r in group] for group in replies],
                 "refused": [[r.verdict.refused for r in group] for group in replies],
                 "mean_log_prob": [group[0].mean_log_prob for group in replies],
+                "empty": [group[0].empty for group in replies],
                 "n_tokens": [group[0].n_tokens for group in replies],
             }, None
 
-        key = {"prompts": texts, "tokens": self.config.tokens, "judge": self.judge.name, "measures": "log_prob"}
+        key = {"prompts": texts, "tokens": self.config.tokens, "judge": self.judge.name, "measures": "log_prob, empty"}
         return self._stage(self.config.scores / f"{split}_{place(name)}", "scores", key, compute).data
 
     def _states(self, split: Split, name: str) -> Mapping[str, Tensor]:

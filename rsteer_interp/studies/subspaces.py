@@ -19,6 +19,8 @@ from rsteer_interp.directions.ridge import ridge_path
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.spectrum import principal_angles
+from rsteer_interp.statistics.draws import percentiles
+from rsteer_interp.statistics.resampling import halves
 
 FAMILIES = ("pairs", "subjects", "ridge")
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ridge strengths, in mean eigenvalues of the answered prompts' covariance
@@ -154,19 +156,16 @@ def half_overlaps(
     """Overlap of the k-dimensional subspaces that two halves of the groups give, per k that all halves reach: mean and the
     central 95 % of the splits, beside fits of the same halves to shuffled labels (`fit` shuffles when it gets a generator)."""
     generator = torch.Generator().manual_seed(seed)
-    names, found, null = torch.tensor(distinct(group)), [], []
-    for _ in range(n_splits):
-        first = names[torch.randperm(len(names), generator=generator)[: len(names) // 2]]
-        inside = torch.isin(group, first)
-        halves = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
-        found.append([fit(half, None) for half in halves])
-        null.append([fit(half, generator) for half in halves])
+    found, null = [], []
+    for first in torch.from_numpy(halves(len(group), n_splits, seed, clusters=group.numpy())):
+        both = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
+        found.append([fit(half, None) for half in both])
+        null.append([fit(half, generator) for half in both])
     rank, d = min(len(basis) for pair in (*found, *null) for basis in pair), found[0][0].shape[1]
     rows = []
     for k in (k for k in ks if k <= rank):
         values, shuffles = ([overlap(a[:k], b[:k]) for a, b in pairs] for pairs in (found, null))
-        low, high = np.quantile(values, [0.025, 0.975])
-        null_low, null_high = np.quantile(shuffles, [0.025, 0.975])
+        (low, high), (null_low, null_high) = percentiles(values), percentiles(shuffles)
         rows.append({
             "k": k, "overlap": float(np.mean(values)), "low": float(low), "high": float(high), "chance": k / d,
             "null_mean": float(np.mean(shuffles)), "null_low": float(null_low), "null_high": float(null_high),

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from math import pi, sqrt
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import Tensor
 
 from rsteer_interp.moments import Moments
 from rsteer_interp.spectrum import spectrum
+from rsteer_interp.statistics.draws import p_value, percentiles, upper
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.subspaces import distinct, shuffled
 
@@ -46,13 +47,10 @@ def class_spectrum(states: Float[Tensor, "n d"], group: Int[Tensor, " n"], top: 
 def jackknife(
     statistic: Callable[[Float[Tensor, "n d"]], float], states: Float[Tensor, "n d"], group: Int[Tensor, " n"]
 ) -> Estimate:
-    """A statistic with its 95 % interval from leaving out one group at a time: value +- t sqrt((g - 1)/g sum (t_i - mean)^2)."""
-    value = statistic(states)
-    left = torch.tensor([statistic(states[group != name]) for name in distinct(group)], dtype=torch.float64)
-    g = len(left)
-    error = sqrt((g - 1) / g * float((left - left.mean()).square().sum()))
-    half = float(stats.t.ppf(0.975, g - 1)) * error
-    return Estimate(value, max(1.0, value - half), value + half, len(states))
+    """A participation ratio, which is 1 or more, with its 95 % interval from leaving out one group at a time."""
+    left_out = [statistic(states[group != name]) for name in distinct(group)]
+    found = Estimate.jackknife(statistic(states), left_out, len(states))
+    return replace(found, low=max(1.0, found.low))
 
 
 def parallel_analysis(
@@ -66,17 +64,18 @@ def parallel_analysis(
     values = _second_moment(contrast(role))[:top]
     generator = torch.Generator().manual_seed(seed)
     null = torch.stack([_second_moment(contrast(shuffled(role, group, generator)))[:top] for _ in range(n_shuffles)])
-    low, middle, high, q95 = null.quantile(torch.tensor([0.025, 0.5, 0.975, 0.95], dtype=torch.float64), dim=0)
-    over = values > q95
+    low, high = percentiles(null)
+    q95 = upper(null)
+    over = values > torch.from_numpy(q95)
     return {
         "n": len(contrast(role)),
         "values": values.tolist(),
         "null_low": low.tolist(),
-        "null_median": middle.tolist(),
+        "null_median": np.median(null, axis=0).tolist(),
         "null_high": high.tolist(),
         "null_q95": q95.tolist(),
         "beyond": int(over.int().cumprod(0).sum()),
-        "p_first": (1 + int((null[:, 0] >= values[0] * (1 - 1e-12)).sum())) / (1 + n_shuffles),
+        "p_first": float(p_value(values[0], null[:, 0], "greater")),
         "n_shuffles": n_shuffles,
     }
 

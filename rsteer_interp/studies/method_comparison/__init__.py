@@ -22,10 +22,9 @@ from rsteer_interp.studies.method_comparison.outcomes import (
     against,
     at_matched_removal,
     at_own_best,
-    base_answer_perplexity,
 )
 from rsteer_interp.studies.method_comparison.reading import Reading
-from rsteer_interp.studies.method_comparison.selection import choose, judged_score, try_strengths
+from rsteer_interp.studies.method_comparison.selection import WIDENED, find_strength
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 KIND = "compare_methods"
 QUESTION = "Which method removes political refusal at the least cost in safety, over-refusal and ordinary answers?"
 NULL = "random"  # the method whose directions are random: what any push of that dose does
+PROTECTED = 512  # most unjudged fit prompts of a set that methods learn to leave alone
 LEAST = 8  # fewest refused prompts of either set
 
 
@@ -50,7 +50,8 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
                 f"not applicable: {refused} of {len(study.replies(split, config.keep).refused)} {split} prompts of "
                 f"'{config.keep}' are refused, too few to see whether refusal of them is kept"
             )
-    reading = Reading(study, material_of(study, config.remove, config.contrast, config.keep, config.ordinary))
+    sets = (config.remove, config.contrast, config.keep, config.ordinary)
+    reading = Reading(study, material_of(study, *sets, protected_prompts(study, config)))
     rows = {name: measure(study, config, reading, METHODS[name]()) for name in names}
     rows = {
         name: row | own_checks(study, config, reading, METHODS[name](), row["best"]["strength"])
@@ -64,12 +65,23 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         "against_null": against({n: r["own_best"] for n, r in rows.items()}, NULL),
         "against_leader": against({n: r["own_best"] for n, r in rows.items()}, leader),
         "base_rates": study.rates("report", config.remove, config.contrast, config.keep, *config.watch),
-        "base_answer_perplexity": asdict(base_answer_perplexity(study, config.remove, config.contrast)),
-        "n": {name: len(texts) for name, texts in reading.refused_prompts("report", config.judged).items()},
+        "n": {name: len(base.texts) for name, base in reading.refused_prompts("report", config.judged).items()},
         "target": config.target,
         "names": {"remove": config.remove, "keep": config.keep, "watch": list(config.watch)},
     }
     return {**data, "finding": finding(data)}, None
+
+
+def protected_prompts(study: Study, config: Config) -> tuple[str, ...]:
+    """Fit prompts to be left alone that nobody judges: what is left of the kept and ordinary sets, and the sets to protect. A null
+    space of protected states needs hundreds of them, as many as it leaves out dimensions."""
+    judged = {p.prompt for name in (config.keep, *config.ordinary) for p in study.prompts("fit", name)}
+    texts: list[str] = []
+    for name in dict.fromkeys((config.keep, *config.ordinary, *config.protect)):
+        found = load_prompts(name)
+        own = any(prompt.split == "fit" for prompt in found)  # the conversations have no fit prompts of their own
+        texts += (found if own else found.unsplit).split("fit").sample(PROTECTED, config.seed).texts
+    return tuple(text for text in dict.fromkeys(texts) if text not in judged)
 
 
 def measure(study: Study, config: Config, reading: Reading, method: Method) -> dict[str, Any]:
@@ -79,20 +91,28 @@ def measure(study: Study, config: Config, reading: Reading, method: Method) -> d
         fitted, fit_cost = reading.material.account.charged(lambda: method.fit(reading.material))
         begin = time.perf_counter()
         talks = _talks("select", config.conversations // 2, config.seed)
-        trials = try_strengths(reading, fitted, method.strengths, talks, config.screened)
-        chosen = choose(trials, target=config.target, bound=config.bound)
+        chosen = find_strength(
+            reading,
+            fitted,
+            method.strengths,
+            talks,
+            config.screened,
+            method.name,
+            target=config.target,
+            bound=config.bound,
+        )
         treatment = fitted(chosen.best.strength)
-        score = judged_score(reading, treatment, method.name, config.screened)
         select_seconds = time.perf_counter() - begin
         talks = _talks("report", config.conversations, config.seed)
         own = at_own_best(reading, treatment, method.name, talks, config)
-        matched = at_matched_removal(reading, fitted, chosen, config.judged)
-        beside = equal_dose(reading, treatment, config.screened, config.draws, config.seed)
+        matched = at_matched_removal(reading, fitted, chosen, method.name, config.judged)
+        beside = equal_dose(reading, treatment, method.name, config.screened, config.draws, config.seed)
         return {
             "label": method.label,
             "source": method.source,
             "best": asdict(chosen.best),
-            "select_score": score,
+            "edge": chosen.edge,
+            "select_score": chosen.best.score,
             "trials": [asdict(t) for t in chosen.trials],
             "own_best": own,
             "matched": matched,
@@ -134,9 +154,16 @@ def own_checks(study: Study, config: Config, reading: Reading, method: Method, s
 def _key(study: Study, config: Config, method: Method) -> dict[str, Any]:
     """All that a method's results depend on."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_OF_A_METHOD}
-    key = {"method": method.name, "fields": repr(method), "strengths": method.strengths, "settings": settings}
+    key: dict[str, Any] = {
+        "method": method.name,
+        "fields": repr(method),
+        "strengths": method.strengths,
+        "settings": settings,
+    }
+    key |= {"widened": WIDENED, "read": "judged replies"}
     sets = (config.remove, config.contrast, config.keep, *config.ordinary, *config.watch)
     key["prompts"] = [p.prompt for s in ("fit", "select", "report") for name in sets for p in study.prompts(s, name)]  # type: ignore[arg-type]
+    key["protected"] = protected_prompts(study, config)
     return key
 
 
@@ -155,13 +182,15 @@ def finding(data: Mapping[str, Any]) -> str:
         if kept_at
         else ""
     )
+    edges = sum(row["edge"] for row in rows.values())
     test = data["against_null"].get(data["leader"])
     beyond = f" (q = {test['removed']['q']:.2g} against random directions)" if test else ""
     return (
         f"Of {len(rows)} methods, each at the strength chosen for it on other prompts, {lead['label']} separates the two refusals best: "
         f"{_percent(own['removed'])} of refused {names['remove']} prompts are answered{beyond} and {_percent(own['kept'])} of refused "
         f"{names['keep']} prompts stay refused, KL {interval(own['kl'], 3)} nats per token; under random "
-        f"directions {_percent(random['removed'])} and {_percent(random['kept'])}.{matched}"
+        f"directions {_percent(random['removed'])} and {_percent(random['kept'])}.{matched} All by judged replies; the strength of {edges} methods "
+        f"is at the edge of what was tried."
     )
 
 
@@ -186,28 +215,29 @@ def tables(data: dict[str, Any]) -> list[Table]:
         "q removed",
         "q kept",
         "KL, nats",
-        "perplexity / base",
+        "perplexity / own answers (n)",
+        "log-odds: ROC area",
     ):
         own_best.add_column(column)
     beside = Table(
-        title="Change of refusal rates; at matched removal, and of random moves of equal norm (log-odds): removed, "
+        title="Change of refusal rates; at matched removal, and of random moves of equal norm: removed, "
         f"{names['keep']} kept; cost of fitting"
     )
     for column in ("method", *names["watch"], "matched", "kept", "random", "kept", "s", "prompts"):
         beside.add_column(column)
-    base = data["base_answer_perplexity"]["value"]
     for name, row in sorted(data["methods"].items(), key=lambda item: -item[1]["select_score"]):
         own, matched, test = row["own_best"], row["matched"], data["against_null"].get(name)
         null = row["equal_dose"]
         own_best.add_row(
             row["label"],
-            f"{row['best']['strength']:g}",
+            f"{row['best']['strength']:.3g}{' (edge)' if row['edge'] else ''}",
             f"{null['dose']:.2g}" if null else "",
             _percent(own["removed"]),
             _percent(own["kept"]),
             *([f"{test[s]['q']:.2g}" for s in ("removed", "kept")] if test else ["", ""]),
             interval(own["kl"], 3),
-            f"{own['perplexity']['value'] / base:.2f}",
+            _ratio(own["fluency"]),
+            _area(own["read_out"]),
         )
         beside.add_row(
             row["label"],
@@ -218,6 +248,19 @@ def tables(data: dict[str, Any]) -> list[Table]:
             str(row["cost"]["fit_prompts"]),
         )
     return [own_best, beside, *_checks(data)]
+
+
+def _ratio(said: Mapping[str, Any]) -> str:
+    """Perplexity of answers beside the unsteered answers to the same prompts."""
+    found = said["ratio"]
+    return f"{interval(found)} ({found['n']})" if found else f"{said['answered']} answers of {said['n']}"
+
+
+def _area(check: Mapping[str, Any]) -> str:
+    """How well log-odds tell these judged replies apart, and whether that would do."""
+    if check["area"] is None:
+        return "one verdict"
+    return f"{interval(check['area'])}{'' if check['valid'] else ', not valid'}"
 
 
 def _checks(data: Mapping[str, Any]) -> list[Table]:

@@ -1,4 +1,4 @@
-"""One method on the report split, at its own best strength (judged replies) and at matched removal (log-odds)."""
+"""One method on the report split, at its own best strength and at matched removal, by judged replies."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rsteer_interp.evaluation import reply_log_probs
+from rsteer_interp.measures import Fluency, fluency
 from rsteer_interp.methods import Treatment
 from rsteer_interp.methods.base import Fitted
 from rsteer_interp.nulls import false_discovery
 from rsteer_interp.prompts import Prompt
+from rsteer_interp.reader import validation_of
+from rsteer_interp.refusal_scores import Reply
 from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.studies.method_comparison.reading import Reading
 from rsteer_interp.studies.method_comparison.selection import Chosen
-from rsteer_interp.studies.selective_steering.replies import perplexity, reply_log_probs
-from rsteer_interp.studies.study import Study
+from rsteer_interp.studies.study import BaseReplies
 
 if TYPE_CHECKING:
     from analyses.compare_methods import Config
@@ -26,57 +29,75 @@ if TYPE_CHECKING:
 def at_own_best(
     reading: Reading, treatment: Treatment, label: str, talks: Sequence[Prompt], config: Config
 ) -> dict[str, Any]:
-    """Shares of refused prompts now answered (removed set) and still refused (kept set), change on the watched sets, KL and
-    perplexity; `flags` for paired tests between methods."""
+    """Shares of refused prompts now answered (removed set) and still refused (kept set), change on the watched sets, KL, fluency
+    of answers where the treatment acts, and how well log-odds would have read all these replies; `flags` for paired tests."""
     study, material = reading.study, reading.material
-    base = {name: study.replies("report", name, config.watched) for name in config.watch}
-    refused = reading.refused_prompts("report", config.judged)
-    asked = {"removed": refused[material.remove], "kept": refused[material.keep]}
-    replies = reading.replies({**asked, **{name: b.texts for name, b in base.items()}}, treatment, label)
+    refused, own = reading.refused_prompts("report", config.judged), study.replies("report", material.remove)
+    watched = {name: study.replies("report", name, config.watched) for name in config.watch}
+    asked = {
+        "removed": refused[material.remove],
+        "kept": refused[material.keep],
+        "answered": own.where(~own.refused, config.watched),
+        **{f"watched {name}": base for name, base in watched.items()},
+    }
+    (replies,) = reading.replies_of_each(asked, [treatment], label)
     still = {name: [reply.verdict.refused for reply in found] for name, found in replies.items()}
-    flags = {"removed": [not refused for refused in still["removed"]], "kept": still["kept"]}
-    log_prob = reply_log_probs(study, asked["removed"], [reply.text for reply in replies["removed"]])
+    flags = {"removed": [reply.answers for reply in replies["removed"]], "kept": still["kept"]}
     effects = reading.effects_of_each(talks, [treatment])[0]
+    every = [reply for found in replies.values() for reply in found]
+    of_set = {"answered": "removed"}  # both are of one set, and share subjects
+    subjects = [f"{of_set.get(name, name)} {s}" for name, base in asked.items() for s in base.subjects]
     return {
-        "removed": asdict(Rate.of(flags["removed"])),
-        "kept": asdict(Rate.of(flags["kept"])),
-        "watched": {name: asdict(PairedRates.of(b.refused.tolist(), still[name])) for name, b in base.items()},
+        **{name: asdict(Rate.of(flags[name], clusters=asked[name].subjects)) for name in flags},
+        "watched": {
+            name: asdict(PairedRates.of(b.refused.tolist(), still[f"watched {name}"], clusters=b.subjects))
+            for name, b in watched.items()
+        },
         "kl": asdict(Estimate.of(effects.kl.tolist())),
         "answer_shift": asdict(Estimate.of(effects.shift.tolist())),
-        "perplexity": asdict(perplexity(log_prob)),
+        "fluency": asdict(_fluency(reading, asked["answered"], replies["answered"])),
+        "empty": sum(reply.empty for reply in every),
+        "read_out": validation_of(label, every, subjects).data(),
         "flags": flags,
+        "subjects": {name: asked[name].subjects for name in flags},
     }
 
 
-def at_matched_removal(reading: Reading, fitted: Fitted, chosen: Chosen, n: int) -> dict[str, Any] | None:
-    """The same two shares by log-odds at the interpolated strength; None for a method that cannot be matched."""
+def _fluency(reading: Reading, base: BaseReplies, replies: Sequence[Reply]) -> Fluency:
+    """Of the replies to prompts of the removed set that the unsteered model answers: there both can be compared, and the edit acts."""
+    rows = reading.study.template.encode_all(base.texts)
+    log_probs = reply_log_probs(reading.study.backend, rows, [() if r.empty else r.ids for r in replies])
+    refused = torch.tensor([r.verdict.refused for r in replies], dtype=torch.bool)
+    return fluency(log_probs, refused, base.log_prob, base.refused, base.subjects)
+
+
+def at_matched_removal(reading: Reading, fitted: Fitted, chosen: Chosen, label: str, n: int) -> dict[str, Any] | None:
+    """The same two shares at the interpolated strength; None for a method that cannot be matched."""
     if chosen.matched is None:
         return None
-    answered, refused = reading.outcomes("report", [fitted(chosen.matched)], n)[0]
+    asked, m = reading.refused_prompts("report", n), reading.material
+    (found,) = reading.replies_of_each(asked, [fitted(chosen.matched)], f"{label}: matched")
+    answered = [reply.answers for reply in found[m.remove]]
+    refused = [reply.verdict.refused for reply in found[m.keep]]
     return {
         "strength": chosen.matched,
-        "removed": asdict(Rate.of(answered.tolist())),
-        "kept": asdict(Rate.of(refused.tolist())),
-        "flags": {"kept": refused.tolist()},
+        "removed": asdict(Rate.of(answered, clusters=asked[m.remove].subjects)),
+        "kept": asdict(Rate.of(refused, clusters=asked[m.keep].subjects)),
+        "flags": {"kept": refused},
     }
 
 
 def against(rows: Mapping[str, Mapping[str, Any]], reference: str) -> dict[str, dict[str, Any]]:
-    """Every other method against the reference on the same prompts: difference of the share kept and of the share removed,
-    McNemar's p, and q over all these tests (Benjamini and Hochberg)."""
+    """Every other method against the reference on the same prompts: difference of the share kept and of the share removed, p
+    with both swapped over whole subjects, and q over all these tests (Benjamini and Hochberg)."""
     others = [name for name in rows if name != reference]
     found: dict[str, dict[str, Any]] = {name: {} for name in others}
     for share in ("removed", "kept"):
         for name in others:
-            paired = PairedRates.of(rows[reference]["flags"][share], rows[name]["flags"][share])
+            flags = (rows[reference]["flags"][share], rows[name]["flags"][share])
+            paired = PairedRates.of(*flags, clusters=rows[reference]["subjects"][share])
             found[name][share] = {"difference": asdict(paired.difference), "p": paired.p}
     tests = [found[name][share] for share in ("removed", "kept") for name in others]
     for test, q in zip(tests, false_discovery([t["p"] for t in tests]) if tests else (), strict=True):
         test["q"] = q
     return found
-
-
-def base_answer_perplexity(study: Study, *sets: str) -> Estimate:
-    """Perplexity of the unsteered replies that answer, of report prompts: what an ordinary answer costs."""
-    replies = [study.replies("report", name) for name in sets]
-    return perplexity(torch.cat([r.log_prob[~r.refused] for r in replies]))

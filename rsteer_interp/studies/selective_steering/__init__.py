@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -10,11 +11,11 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import Gate
 from rsteer_interp.steering import Steering
+from rsteer_interp.studies.reader_checks import checks_table
 from rsteer_interp.studies.selective_steering.condition import find_condition
 from rsteer_interp.studies.selective_steering.directions import LABELS, Directions, families
 from rsteer_interp.studies.selective_steering.frontier import frontier
 from rsteer_interp.studies.selective_steering.report_split import (
-    answered_perplexity,
     evaluate,
     induction_targets,
     removal_targets,
@@ -22,6 +23,7 @@ from rsteer_interp.studies.selective_steering.report_split import (
 from rsteer_interp.studies.selective_steering.search import (
     SCREENED,
     Candidate,
+    Found,
     best_bands,
     norms,
     search,
@@ -85,35 +87,22 @@ def _remove(
     def steering_of(candidate: Candidate) -> Steering:
         return steering_for(study, "md, gated", directions, references, unit, candidate, -1.0, gate)
 
-    answers = answered_perplexity(study, "select", config.remove, config.contrast)
-    phases = [(band, False) for band in kept_bands] + [(kept_bands[0], True)]
-    candidates = {phase: sorted(config.doses) for phase in phases}
-    chosen, met, trials = search(
-        study,
-        config,
-        "3_search_remove",
-        steering_of,
-        config.remove,
-        candidates,
-        answers.value,
-        lambda r: r.rate <= config.aim,
+    places = [*((band, False) for band in kept_bands), (kept_bands[0], True)]
+    searched = search(
+        study, config, "3_search_remove", steering_of, config.remove, places, lambda r: r.rate <= config.aim
     )
-    steering = steering_of(chosen)
+    steering = steering_of(searched.chosen)
     steering.save(config.out / "steering" / "remove", study.provenance(), {"judge": study.judge.name})
     sets = (config.remove, config.contrast, *config.keep, *config.watch, config.induce)
     found = evaluate(study, config, "remove", steering, tuple(dict.fromkeys(sets)))
-    report_answers = answered_perplexity(study, "report", config.remove, config.contrast)
     return {
         "gate": gate,
         "steering": steering,
         "condition": condition,
         "bands": ranking,
-        "trials": trials,
-        "aim_met_on_select": met,
-        "chosen": _plain(chosen, steering, study, config.remove),
+        **_plain(searched, steering, study, config.remove),
         "report": found,
-        "base_answer_perplexity": vars(report_answers),
-        "targets": removal_targets(config, found, report_answers),
+        "targets": removal_targets(config, found),
     }
 
 
@@ -129,39 +118,41 @@ def _induce(
     def steering_of(candidate: Candidate) -> Steering:
         return steering_for(study, "md, gated, induced", directions, references, unit, candidate, 1.0, gate)
 
-    candidates = {(kept_bands[0], decoding): sorted(config.doses) for decoding in (False, True)}
-    answers = answered_perplexity(study, "select", config.remove, config.contrast)
-    chosen, met, trials = search(
+    searched = search(
         study,
         config,
         "3_search_induce",
         steering_of,
         config.induce,
-        candidates,
-        answers.value,
+        [(kept_bands[0], decoding) for decoding in (False, True)],
         lambda r: r.rate >= INDUCED_AIM,
+        refusing=True,
     )
-    steering = steering_of(chosen)
+    steering = steering_of(searched.chosen)
     steering.save(config.out / "steering" / "induce", study.provenance(), {"judge": study.judge.name})
     found = evaluate(study, config, "induce", steering, (config.induce, *others))
     return {
         "condition": condition,
         "bands": ranking,
-        "trials": trials,
-        "aim_met_on_select": met,
-        "chosen": _plain(chosen, steering, study, config.induce),
+        **_plain(searched, steering, study, config.induce),
         "report": found,
         "targets": induction_targets(config.induce, found),
     }
 
 
-def _plain(chosen: Candidate, steering: Steering, study: Study, name: str) -> dict[str, Any]:
+def _plain(found: Found, steering: Steering, study: Study, name: str) -> dict[str, Any]:
     gate: Gate | None = steering.gate
     assert gate is not None
     states = study.states("select", name)
-    return vars(chosen) | {
-        "relative_dose": steering.dose({s: states[s] for s in steering.sites}),
-        "gate_layer": gate.site.layer,
+    return {
+        "trials": [asdict(trial) for trial in found.trials],
+        "aim_met_on_select": found.met,
+        "chosen": asdict(found.chosen)
+        | {
+            "edge": found.edge,
+            "relative_dose": steering.dose({s: states[s] for s in steering.sites}),
+            "gate_layer": gate.site.layer,
+        },
     }
 
 
@@ -177,7 +168,7 @@ def finding(data: dict[str, Any]) -> str:
         f"falls from {percent(removed['before'])} to {percent(removed['after'])}, and {percent(kept['stay_refused'])} of the "
         f"refused {names['keep'][0]} prompts stay refused; the same edit without it leaves {percent(bare[names['keep'][0]]['stay_refused'])} of "
         f"them. KL on benign conversations {interval(data['remove']['report']['kl'], 4)} nats per token; random directions of the "
-        f"largest dose remove {min(frontier_random):.0%} to {max(frontier_random):.0%} ({len(frontier_random)} draws, log-odds). Induced: "
+        f"largest dose remove {min(frontier_random):.0%} to {max(frontier_random):.0%} ({len(frontier_random)} draws, judged). Induced: "
         f"refusal of {names['induce']} from {percent(induced['before'])} to {percent(induced['after'])}. "
         + ("All targets are met." if not missed else f"Missed: {'; '.join(missed)}.")
     )
@@ -198,7 +189,8 @@ def tables(data: dict[str, Any]) -> list[Table]:
     ):
         chosen = data[part]["chosen"]
         table = Table(
-            title=f"{title}: layers {chosen['layers']}, dose {chosen['dose']:g}, condition at layer {chosen['gate_layer']}"
+            title=f"{title}: layers {chosen['layers']}, dose {chosen['dose']:g}{' (edge)' if chosen['edge'] else ''}, condition at "
+            f"layer {chosen['gate_layer']}"
         )
         for column in ("set", "n", "refused before", "after", "difference", "McNemar p", "edited"):
             table.add_column(column)
@@ -220,4 +212,4 @@ def tables(data: dict[str, Any]) -> list[Table]:
                 t["name"], interval(t), f"{t['relation']} {t['bound']:g}", str(t["n"]), "yes" if t["met"] else "no"
             )
         out += [table, targets]
-    return out
+    return [*out, checks_table(data["frontier"]["read_out"])]

@@ -1,7 +1,7 @@
 """What each family of directions costs in safety for what it removes, without a condition and with one, on report prompts.
 
-Read-out: first-token refusal log-odds above a threshold, set on the unsteered select replies of each kind of prompt. Nothing
-is chosen here: every point is shown.
+Read-out: judged greedy replies to every prompt under every edit. First-token log-odds stand beside them, with how well they read
+refusal under each family's edits: what holds without an edit need not hold under one. Nothing is chosen here: every point is shown.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.backends.edits import Edit, Site
-from rsteer_interp.evaluation import log_odds, log_odds_of_each
-from rsteer_interp.gates import Gate, balanced_threshold
+from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import AtPositions, add, set_component
 from rsteer_interp.progress import progress
-from rsteer_interp.prompts import Split
+from rsteer_interp.reader import UNSTEERED, RefusalReader
+from rsteer_interp.refusal_scores import replies_of_each
 from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.statistics.rotation import rotations
 from rsteer_interp.studies.selective_steering.condition import holds
 from rsteer_interp.studies.selective_steering.directions import PAPER, Directions
 from rsteer_interp.studies.selective_steering.search import digest
-from rsteer_interp.studies.study import Study
+from rsteer_interp.studies.study import NotApplicable, Study
 
 if TYPE_CHECKING:
     from analyses.steer import Config
@@ -44,13 +43,16 @@ def frontier(
     layers: tuple[int, ...],
     gate: Gate,
 ) -> dict[str, Any]:
-    """Per family, dose and update: refused prompts of the removed set that are read as answered, and refused prompts of the kept
-    set that are still read as refused."""
+    """Per family, dose and update: refused prompts of the removed set that are now answered (empty replies are no answers), and
+    refused prompts of the kept set that are still refused."""
     backend, tokens, sites = study.backend, study.refusal_tokens, [Site(x) for x in layers]
-    kept = config.keep[0]
-    names = (config.remove, kept)
-    chosen = {name: _refused(study, "report", name)[: config.frontier] for name in names}
-    texts = {name: [study.replies("report", name).texts[i] for i in rows] for name, rows in chosen.items()}
+    names = (config.remove, config.keep[0])
+    base = {name: study.replies("report", name) for name in names}
+    chosen = {name: base[name].refused.nonzero()[:, 0].tolist()[: config.frontier] for name in names}
+    texts, subjects = (
+        {name: [getattr(base[name], what)[i] for i in rows] for name, rows in chosen.items()}
+        for what in ("texts", "subjects")
+    )
     edits: list[tuple[dict[str, Any], Edit]] = []
 
     def added(vectors: Directions, dose: float) -> Edit:
@@ -79,16 +81,34 @@ def frontier(
     ]
 
     def compute() -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-        encoded = {name: study.template.encode_all(texts[name]) for name in names}
-        prepared = {name: backend.prepare(rows, layers[0]) for name, rows in encoded.items()}
         every = [None, *(edit for _, edit in edits)]
-        with progress("frontier", sum(map(len, encoded.values()))) as advance:
-            odds = [log_odds_of_each(backend, prepared[name], tokens, every, advance) for name in names]
-        return {}, {"log_odds": torch.cat(odds, 1)}
+        found = []
+        with progress("frontier, replies", len(every) * sum(map(len, texts.values()))) as advance:
+            for asked in texts.values():
+                found.append(
+                    replies_of_each(
+                        backend,
+                        study.template.encode_all(asked),
+                        asked,
+                        study.judge,
+                        every,
+                        max_new_tokens=config.tokens,
+                        refusal_tokens=tokens,
+                        on_batch=advance,
+                    )
+                )
+        replies = [[*removed, *kept] for removed, kept in zip(*found, strict=True)]
+        return {}, {
+            "log_odds": torch.tensor([[r.log_odds for r in row] for row in replies], dtype=torch.float64),
+            "refused": torch.tensor([[r.verdict.refused for r in row] for row in replies], dtype=torch.uint8),
+            "answers": torch.tensor([[r.answers for r in row] for row in replies], dtype=torch.uint8),
+        }
 
     key = {
         "prompts": texts,
         "tokens": tokens,
+        "longest": config.tokens,
+        "judge": study.judge.name,
         "layers": layers,
         "points": [label for label, _ in edits],
         "unit": [unit[s] for s in sites],
@@ -96,38 +116,44 @@ def frontier(
         "references": digest({s: references[s] for s in sites}),
         "seed": config.seed,
     }
-    odds = study.stage("4_frontier", key, compute).tensors["log_odds"]
-    n = len(chosen[config.remove])
-    held = {name: holds(study, gate, "report", name)[chosen[name]] for name in names}
-    cuts = {name: _threshold(study, config, name) for name in names}
-    points = []
-    for (label, _), row in zip(edits, odds[1:], strict=True):
-        values = {config.remove: row[:n], kept: row[n:]}
-        if label["family"] == "gated":  # rows for which the condition does not hold are not edited
-            values = {
-                name: torch.where(held[name], values[name], base)
-                for name, base in zip(names, (odds[0][:n], odds[0][n:]), strict=True)
-            }
-        still = {name: v > cuts[name] for name, v in values.items()}
-        points.append(
-            label
-            | {
-                "removed": asdict(Rate.of((~still[config.remove]).tolist())),
-                "kept": asdict(Rate.of(still[kept].tolist())),
-                "null": label["family"] == "random",
-            }
-        )
-    base = {
-        "removed": asdict(Rate.of((odds[0][:n] <= cuts[config.remove]).tolist())),
-        "kept": asdict(Rate.of((odds[0][n:] > cuts[kept]).tolist())),
-    }
+    tensors = study.stage("4_frontier", key, compute).tensors
+    held = torch.cat([holds(study, gate, "report", name)[chosen[name]] for name in names])
+    kinds = [UNSTEERED, *(f"{label['family']}, {label['update']}" for label, _ in edits)]
+    gated = torch.tensor([kind.startswith("gated") for kind in kinds])
+    # Rows for which the condition does not hold are not edited.
+    odds, refused, answers = (
+        torch.where(gated[:, None] & ~held, x[0], x) for x in (tensors[k] for k in ("log_odds", "refused", "answers"))
+    )
+    n = len(texts[config.remove])
+    parts = dict(zip(names, (slice(n), slice(n, None)), strict=True))
+    reader = RefusalReader(backend, tokens)
+    cuts = {name: _unsteered(study, config, reader, name) for name in names}
+    for kind in dict.fromkeys(kinds[1:]):
+        same = [i for i, other in enumerate(kinds) if other == kind]
+        for name, part in parts.items():
+            read, judged = odds[same, part].flatten(), refused[same, part].flatten()
+            reader.validate(f"{kind}: {name}", read, judged, subjects[name] * len(same))
+
+    def point(i: int) -> dict[str, Any]:
+        """By judged replies, and what log-odds would say with the threshold of the model as it is."""
+        judged = {config.remove: answers[i].bool(), config.keep[0]: refused[i].bool()}
+        read = {config.remove: odds[i] <= cuts[config.remove], config.keep[0]: odds[i] > cuts[config.keep[0]]}
+        return {
+            which + words: asdict(Rate.of(flags[name][parts[name]].tolist(), clusters=subjects[name]))
+            for words, flags in (("", judged), ("_by_log_odds", read))
+            for which, name in zip(("removed", "kept"), names, strict=True)
+        }
+
     return {
-        "points": points,
-        "base": base,
+        "points": [
+            label | point(i) | {"kind": kinds[i], "null": label["family"] == "random"}
+            for i, (label, _) in enumerate(edits, 1)
+        ],
+        "base": point(0),
+        "read_out": {kind: check.data() for kind, check in reader.checked.items()},
         "layers": list(layers),
-        "thresholds": cuts,
         "remove": config.remove,
-        "kept": kept,
+        "kept": config.keep[0],
     }
 
 
@@ -135,22 +161,17 @@ def _label(family: str, update: str, dose: float) -> dict[str, Any]:
     return {"family": family, "update": update, "dose": dose}
 
 
-def _refused(study: Study, split: Split, name: str) -> list[int]:
-    return study.replies(split, name).refused.nonzero()[:, 0].tolist()
-
-
-def _threshold(study: Study, config: Config, name: str) -> float:
-    """The log-odds that tell refused from answered unsteered select prompts best (of the removed set with its contrast)."""
-    sets = (name, config.contrast) if name == config.remove else (name,)
-    scored = study.scored("select", *sets)
+def _unsteered(study: Study, config: Config, reader: RefusalReader, name: str) -> float:
+    """The threshold of the log-odds on judged unsteered replies of select (of the removed set with its contrast), checked there."""
+    scored = study.scored("select", *((name, config.contrast) if name == config.remove else (name,)))
 
     def compute() -> tuple[dict[str, Any], None]:
-        odds = log_odds(study.backend, study.template.encode_all(scored.texts), study.refusal_tokens)
-        return {"log_odds": odds.tolist()}, None
+        return {"log_odds": reader.log_odds(study.template.encode_all(scored.texts))[0].tolist()}, None
 
-    key = {"prompts": scored.texts, "tokens": study.refusal_tokens}
-    values: Float[Tensor, " prompt"] = torch.tensor(
-        study.stage(f"4_threshold_{'removed' if name == config.remove else 'kept'}", key, compute).data["log_odds"],
-        dtype=torch.float64,
-    )
-    return balanced_threshold(values[scored.confidence > 0], {"answered": values[scored.confidence < 0]})
+    key = {"prompts": scored.texts, "tokens": reader.tokens}
+    stage = f"4_unsteered_{'removed' if name == config.remove else 'kept'}"
+    odds = study.stage(stage, key, compute).data["log_odds"]
+    check = reader.validate(f"{UNSTEERED}: {name}", odds, (scored.confidence > 0).tolist(), scored.subjects)
+    if check.threshold is None:
+        raise NotApplicable(f"not applicable: {check} ('{name}', select)")
+    return check.threshold

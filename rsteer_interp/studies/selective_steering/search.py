@@ -1,13 +1,15 @@
 """How much to steer, where and when: candidates judged on the select split, and the choice among them.
 
 A candidate is a band of layers, a relative dose and whether decoding steps are edited. Bands are ranked by the refusal
-log-odds that one dose removes; in the best of them doses rise until the aim is met.
+log-odds that one dose removes; in the best of them doses rise until the aim is met, beyond the given ones if need be, and
+fall below them where the first meets it, so that the chosen dose is the smallest that was seen to do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.activations import mean_norms
@@ -15,11 +17,12 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import add
+from rsteer_interp.measures import Fluency
 from rsteer_interp.progress import progress
-from rsteer_interp.statistics.intervals import Rate
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.steering import Steering, make_steering
 from rsteer_interp.studies.selective_steering.directions import Directions
-from rsteer_interp.studies.selective_steering.replies import outcomes_of_each, perplexity
+from rsteer_interp.studies.selective_steering.replies import outcomes_of_each
 from rsteer_interp.studies.study import Study
 
 if TYPE_CHECKING:
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
 CENTRES, WIDTH = (0.42, 0.5, 0.58, 0.67, 0.75), 0.17  # bands of block inputs, as shares of the depth
 SCREENED = 16  # refusing select prompts on which bands are ranked
 KEPT_BANDS = 2
+WIDENED = 3  # doses beyond either end of the given ones, in the ratio of the last two there
+MOST_EMPTY = 0.05  # share of empty replies with which a candidate is no candidate: silence is no answer
+
+
+Place = tuple[tuple[int, ...], bool]  # a band of layers, and whether decoding steps are edited
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,18 @@ class Candidate:
 class Judged:
     candidate: Candidate
     refused: Rate
-    perplexity_ratio: float
+    fluency: Fluency  # of the edited prompts' replies of the wanted kind
+
+
+@dataclass(frozen=True)
+class Found:
+    """The choice: whether it meets the aim on select, and whether it is at the edge of what was tried (no dose meets the aim, or
+    the smallest still does)."""
+
+    chosen: Candidate
+    met: bool
+    edge: bool
+    trials: list[Judged]
 
 
 def bands(n_layers: int, first: int) -> list[tuple[int, ...]]:
@@ -99,35 +118,39 @@ def search(
     stage: str,
     steering_of: Callable[[Candidate], Steering],
     name: str,
-    candidates: Mapping[tuple[tuple[int, ...], bool], Sequence[float]],
-    base_perplexity: float,
-    met: Callable[[Rate], bool],
-) -> tuple[Candidate, bool, list[dict[str, Any]]]:
-    """Judged replies to the set's select prompts, doses rising in each (band, phase) until the aim is met; of those that
-    meet it the one with the smallest perplexity under the unsteered model, else the one that comes closest."""
+    places: Sequence[Place],
+    aim: Callable[[Rate], bool],
+    *,
+    refusing: bool = False,
+) -> Found:
+    """Judged replies to the set's select prompts at the doses of every (band, phase) until its smallest dose that meets the aim on
+    the refusal rate is known; of those the one with the most fluent answers (or refusals, if those are wanted); if none meets it,
+    the one that comes closest."""
 
     def compute() -> tuple[dict[str, Any], None]:
-        trials: dict[Any, list[Judged]] = {place: [] for place in candidates}
-        rising = {place: iter(doses) for place, doses in candidates.items()}
-        with progress(f"searching doses, {name}", len(candidates)) as advance:
-            while rising:  # a round is the next dose of every (band, phase) that goes on
-                chosen = {place: dose for place, doses in rising.items() if (dose := next(doses, None)) is not None}
-                trying = [Candidate(layers, dose, decoding) for (layers, decoding), dose in chosen.items()]
-                got = outcomes_of_each(study, "select", name, [steering_of(each) for each in trying])
-                for place, candidate, after in zip(chosen, trying, got, strict=True):
-                    ratio = perplexity(after.log_prob_after).value / base_perplexity
-                    trials[place].append(Judged(candidate, Rate.of(after.after.tolist()), ratio))
-                before = len(rising)
-                rising = {place: rising[place] for place in chosen if not met(trials[place][-1].refused)}
-                advance(before - len(rising))
+        trials: dict[Place, list[Judged]] = {place: [] for place in places}
+        with progress(f"searching doses, {name}", len(places)) as advance:
+            going = list(places)
+            while going:  # a round is the next dose of every (band, phase) that goes on
+                doses = {
+                    p: next_dose(config.doses, [(t.candidate.dose, met(t, aim)) for t in trials[p]]) for p in going
+                }
+                advance(sum(dose is None for dose in doses.values()))
+                going = [place for place, dose in doses.items() if dose is not None]
+                trying = [Candidate(p[0], dose, p[1]) for p in going if (dose := doses[p]) is not None]
+                got = outcomes_of_each(study, "select", name, [steering_of(each) for each in trying]) if trying else []
+                for place, candidate, after in zip(going, trying, got, strict=True):
+                    said = after.fluency(refusing=refusing)
+                    trials[place].append(
+                        Judged(candidate, Rate.of(after.after.tolist(), clusters=after.subjects), said)
+                    )
         return {"trials": [asdict(t) for each in trials.values() for t in each]}, None
 
-    first = next(iter(candidates))
-    vectors = steering_of(Candidate(first[0], candidates[first][0], first[1]))
+    vectors = steering_of(Candidate(places[0][0], min(config.doses), places[0][1]))
     key = {
         "name": name,
-        "candidates": [[list(layers), decoding, list(doses)] for (layers, decoding), doses in candidates.items()],
-        "base": base_perplexity,
+        "candidates": [[list(layers), decoding] for layers, decoding in places],
+        "doses": [sorted(config.doses), WIDENED, MOST_EMPTY],
         "vectors": vectors.directions.double().sum(0).tolist(),
         "gate": None
         if vectors.gate is None
@@ -137,15 +160,57 @@ def search(
         "n": config.select,
         "aim": config.aim,
     }
-    trials = study.stage(stage, key, compute).data["trials"]
-    reached = [t for t in trials if met(Rate(**t["refused"]))]
+    trials = [judged(t) for t in study.stage(stage, key, compute).data["trials"]]
+    reached = [t for t in trials if met(t, aim)]
     if reached:
-        best = min(reached, key=lambda t: t["perplexity_ratio"])
+        best = most_fluent(reached)
     else:
-        aim_high = met(Rate.from_count(1, 1))
-        best = (max if aim_high else min)(trials, key=lambda t: t["refused"]["rate"])
-    chosen = best["candidate"]
-    return Candidate(tuple(chosen["layers"]), chosen["dose"], chosen["while_decoding"]), bool(reached), trials
+        best = (max if aim(Rate.from_count(1, 1)) else min)(trials, key=lambda t: t.refused.rate)
+    chosen = best.candidate
+    doses = [t.candidate.dose for t in trials if replace(t.candidate, dose=chosen.dose) == chosen]
+    return Found(chosen, bool(reached), not reached or chosen.dose == min(doses), trials)
+
+
+def met(trial: Judged, aim: Callable[[Rate], bool]) -> bool:
+    """Whether the refusal rate is as wanted, and not by silence."""
+    return aim(trial.refused) and trial.fluency.empty <= MOST_EMPTY * trial.fluency.n
+
+
+def next_dose(given: Sequence[float], tried: Sequence[tuple[float, bool]]) -> float | None:
+    """The dose to try after those that were, each with whether it met the aim: upwards until one does, from there down until one
+    does not, at most `WIDENED` steps beyond the given doses; None when the smallest that does is known."""
+    doses = sorted(given)
+    reached = [dose for dose, good in tried if good]
+    if reached:
+        lowest = min(dose for dose, _ in tried)
+        ratio = doses[1] / doses[0] if len(doses) > 1 else 2.0
+        below = min(reached) / ratio
+        return below if min(reached) == lowest and below >= doses[0] / ratio ** (WIDENED + 0.5) else None
+    if len(tried) < len(doses):
+        return doses[len(tried)]
+    ratio = doses[-1] / doses[-2] if len(doses) > 1 else 2.0
+    above = tried[-1][0] * ratio
+    return above if above <= doses[-1] * ratio ** (WIDENED + 0.5) else None
+
+
+def most_fluent(trials: Sequence[Judged]) -> Judged:
+    """The trial whose replies the unsteered model finds likeliest, beside its own of the kind to the same prompts; where one of the
+    trials has too few of those, by their perplexity. Of equals the smallest dose."""
+    paired = all(trial.fluency.ratio is not None for trial in trials)
+
+    def cost(trial: Judged) -> tuple[float, float]:
+        found = trial.fluency.ratio if paired else trial.fluency.perplexity
+        return found.value if found is not None else math.inf, trial.candidate.dose
+
+    return min(trials, key=cost)
+
+
+def judged(data: Mapping[str, Any]) -> Judged:
+    """A trial from its stored form."""
+    said: dict[str, Any] = {k: Estimate(**v) if isinstance(v, dict) else v for k, v in data["fluency"].items()}
+    found = data["candidate"]
+    candidate = Candidate(tuple(found["layers"]), found["dose"], found["while_decoding"])
+    return Judged(candidate, Rate(**data["refused"]), Fluency(**said))
 
 
 def steering_for(
