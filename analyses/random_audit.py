@@ -4,7 +4,8 @@
 2 per layer   a third, a half and two thirds of the depth: the largest relative dose that leaves benign answers coherent; refusal
               log-odds of refused report prompts under each random direction, and under minus each learned one at the same dose
 3 judged      replies under some of the pushes, judged and thrown away: who is no longer refused, and whether log-odds tell
-4 together    the mean of the directions that flip one prompt, on other prompts, beside single random ones; one figure
+4 together    the layer where they take most from select prompts; there the mean of the directions that flip one prompt, on prompts of
+              other subjects, beside single random ones; one figure
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Config(StudyConfig):
     answered: str = "harmless_matched"
     """Prompts of like form that are answered: for the set's own direction and for the flip threshold."""
     prompts: int = 24
-    """Refused prompts, at most; as many others are held out for the aggregated direction."""
+    """Refused prompts, at most; as many on other subjects are held out for the aggregated direction."""
     vectors: int = 24
     """Random directions, the same at every layer."""
     dose: float | None = None

@@ -77,8 +77,8 @@ def draw(result: Result) -> Drawing:
         "Refusal under random pushes",
         f"Refused {data['set'].replace('_', ' ')} prompts (report, n = {data['n_prompts']}), {data['n_vectors']} random directions, each added at one "
         "block input at the largest relative dose that leaves benign answers coherent. Grey: random directions, with mean and "
-        f"95 % interval over them. (b) Judged replies under {len(data['freed_per_vector'][0])} of them. (c) On "
-        f"prompts that chose nothing, the mean of directions under which log-odds fall below {data['threshold']:.1f} nats. {data['finding']}",
+        f"95 % interval over them and the prompts' subjects. (b) Judged replies under {len(data['freed_per_vector'][0])} of them. (c) On "
+        f"prompts on other subjects, the mean of directions under which log-odds fall below {data['threshold']:.1f} nats. {data['finding']}",
         {
             name: data[name]
             for name in ("layers", "falls", "freed_per_vector", "learned", "aggregation", "n_vectors", "n_prompts")
@@ -93,10 +93,11 @@ def _points(axes: Any, x: float, values: Sequence[float], label: str | None) -> 
 
 
 def _mean(axes: Any, x: float, e: dict[str, float]) -> None:
+    value = e["value"] if "value" in e else e["rate"]
     axes.errorbar(
         [x],
-        [e["value"]],
-        [[e["value"] - e["low"]], [e["high"] - e["value"]]],
+        [value],
+        [[value - e["low"]], [e["high"] - value]],
         fmt="_",
         color=colour("ink"),
         ms=8,

@@ -18,6 +18,7 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import Condition, Roc, Rule, roc
 from rsteer_interp.pooling import Pooling
+from rsteer_interp.statistics.intervals import Clusters
 
 Fires = Literal["above", "below"]
 FIRES: tuple[Fires, ...] = ("above", "below")
@@ -136,7 +137,7 @@ class Similarity(_Combines):
 class Search:
     """Where a condition was looked for, and the one that was found: F1 = 2 TP / (2 TP + FP + FN) at every point of the grid.
 
-    `f1` is on the fit split, whose best point is `chosen`; `f1_select` and `roc` are the chosen layer's on prompts that
+    `f1` is on the fit split, whose best point is `chosen`; `f1_held` and `roc` are the chosen layer's on held-out prompts, which
     chose nothing, `f1_always` is there the F1 of holding for every prompt. `saturation` is the mean share of saturated
     coordinates of the fit prompts.
     """
@@ -146,7 +147,7 @@ class Search:
     f1: Mapping[Fires, Float[Tensor, "site threshold"]]
     chosen: Similarity
     f1_fit: float
-    f1_select: float
+    f1_held: float
     f1_always: float
     roc: Roc
     saturation: Float[Tensor, " site"]
@@ -158,14 +159,16 @@ Split = tuple[Mapping[Site, Float[Tensor, "prompt d"]], Mapping[Site, Float[Tens
 def search_condition(
     vectors: Mapping[Site, Float[Tensor, " d"]],
     fit: Split,
-    select: Split,
+    held: Split,
     *,
     pooling: Pooling = "prompt",
     tanh: bool = True,
     thresholds: Sequence[float] | int = 400,
+    subjects: Clusters = None,
     seed: int = 0,
 ) -> Search:
-    """CAST's grid search: the layer, threshold and comparison with the largest F1 on fit, for pooled states of both sides.
+    """CAST's grid search: the layer, threshold and comparison with the largest F1 on fit, for pooled states of both sides; measured
+    on `held` prompts (whose `subjects` are those of inside, then of outside).
 
     `thresholds`: the grid itself (the demonstration of the paper has 0 to 0.06 in steps of 1e-4), or how many points, evenly
     spaced between the smallest and the largest s of each layer, which models do not share. Of points that are equally good,
@@ -189,7 +192,7 @@ def search_condition(
     _, place, middle, fires = max(runs, key=lambda run: (run[0], run[1], run[3] == "above"))
     site, threshold = sites[-place], float(grids[-place, middle])
     chosen = Similarity(site, vectors[site], threshold, fires, tanh, pooling)
-    inside, outside = (chosen.similarity(side[site]) for side in select)
+    inside, outside = (chosen.similarity(side[site]) for side in held)
     sign = 1 if fires == "above" else -1
     return Search(
         sites,
@@ -199,7 +202,7 @@ def search_condition(
         best,
         float(f1_scores(inside, outside, grids.new_tensor([threshold]), fires)),
         2 * len(inside) / (2 * len(inside) + len(outside)),
-        roc(sign * inside, sign * outside, seed=seed),
+        roc(sign * inside, sign * outside, clusters=subjects, seed=seed),
         torch.stack([free[site].saturated(torch.cat([side[site] for side in fit])).mean() for site in sites]),
     )
 

@@ -28,7 +28,9 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.random_push import COHERENT_KL, DOSES, Guard, coherence, push
+from rsteer_interp.statistics.draws import Beside
 from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.statistics.resampling import bootstrap_counts
 
 GUARD_VECTORS = 2  # random vectors over which the guard's KL is averaged
 
@@ -55,7 +57,7 @@ def push_changes(
 
 @dataclass(frozen=True)
 class Standing:
-    """A value among those of N random directions: z score, rank (1 = largest) and p = (1 + #{null >= value}) / (1 + N)."""
+    """A value among those of N random directions: z score, rank (1 = largest) and one-sided p, 1 / (1 + N) at the least."""
 
     value: float
     mean: float
@@ -73,17 +75,8 @@ class Standing:
             raise UserError(
                 f"{len(x)} random directions give no spread to compare with; use more of them, or a dose above 0"
             )
-        reached = int((x >= value).sum())
-        sd = float(x.std(ddof=1))
-        return cls(
-            value,
-            float(x.mean()),
-            sd,
-            (value - float(x.mean())) / sd,
-            1 + reached,
-            len(x),
-            (1 + reached) / (1 + len(x)),
-        )
+        beside = Beside.of(value, x)
+        return cls(value, float(x.mean()), float(x.std(ddof=1)), beside.z, beside.rank, len(x), beside.p("greater"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,24 +112,24 @@ class LayerAudit:
 
 @dataclass(frozen=True, eq=False)
 class RandomAudit:
-    """The audit of all layers, with the unit vectors, which all layers share, and the flip threshold (nats of log-odds)."""
+    """The audit of all layers, with the unit vectors, which all layers share, the flip threshold (nats of log-odds) and the prompts'
+    subjects (None: each prompt is its own)."""
 
     vectors: Float[Tensor, "vector d"]
     threshold: float
     layers: tuple[LayerAudit, ...]
+    subjects: Sequence[str] | None = None
 
     def peak_shares(self, n_draws: int = 1000, seed: int = 0) -> dict[int, float]:
-        """Bootstrap of the layer profile: how often each layer has the largest mean fall, vectors and prompts resampled."""
+        """Bootstrap of the layer profile: how often each layer has the largest mean fall, vectors and subjects resampled."""
         falls = -torch.stack([layer.change for layer in self.layers]).numpy()
-        rng = np.random.default_rng(seed)
-        wins = np.zeros(len(self.layers))
-        for _ in range(n_draws):
-            v, p = (rng.integers(0, n, n) for n in falls.shape[1:])
-            wins[falls[:, v][:, :, p].mean((1, 2)).argmax()] += 1
-        return {layer.layer: float(w) / n_draws for layer, w in zip(self.layers, wins, strict=True)}
+        vectors = bootstrap_counts(falls.shape[1], n_draws, 2 * seed)
+        prompts = bootstrap_counts(falls.shape[2], n_draws, 2 * seed + 1, clusters=self.subjects)
+        best = np.einsum("dv,lvp,dp->dl", vectors, falls, prompts, optimize=True).argmax(1)
+        return {layer.layer: float(np.mean(best == i)) for i, layer in enumerate(self.layers)}
 
     def data(self) -> dict[str, Any]:
-        """As plain values, layer by layer: dose, guard, mean fall with bootstrap interval over vectors, flips, standings."""
+        """As plain values, layer by layer: dose, guard, mean fall and flips with intervals over vectors and subjects, standings."""
         peaks = self.peak_shares()
         return {
             "n_vectors": len(self.vectors),
@@ -149,9 +142,9 @@ class RandomAudit:
                     "dose": one.dose,
                     "coherent": one.coherent,
                     "guard": [asdict(g) for g in one.guard],
-                    "fall": asdict(Estimate.of(one.falls.tolist())),
+                    "fall": asdict(Estimate.crossed(-one.change, clusters=self.subjects)),
                     "largest_fall": float(one.falls.max()),
-                    "flipped": asdict(Rate.of(one.flipped(self.threshold).flatten().tolist())),
+                    "flipped": asdict(Rate.crossed(one.flipped(self.threshold), clusters=self.subjects)),
                     "peak_share": peaks[one.layer],
                     "learned": {name: asdict(one.standing(name)) for name in one.learned},
                 }

@@ -45,7 +45,8 @@ def material(backend: Backend) -> Material:
         confidence = torch.full((len(prompts),), 1.0 if topic == "harmful" else -1.0)
         if topic == "political":
             confidence = torch.tensor([1.0, -1.0]).repeat(len(prompts))[: len(prompts)]
-        return Examples(prompts, confidence, last_states(backend, template.encode_all(prompts), sites))
+        subjects = [f"{topic} {i // 2}" for i in range(len(prompts))]
+        return Examples(prompts, confidence, last_states(backend, template.encode_all(prompts), sites), subjects)
 
     fit, select = ({topic: examples(topic, split) for topic in TOPICS} for split in ("fit", "select"))
     return Material(

@@ -27,7 +27,7 @@ SUBJECTS = {
     "kitchen": ("bread", "recipe", "water"),
     "arts": ("poem", "history", "price"),
 }
-N = {"fit": 16, "select": 12}
+N = {"fit": 16, "select": 12, "report": 12}
 SITES = [Site(layer) for layer in range(1, N_LAYERS + 1)]
 
 
@@ -39,8 +39,9 @@ def texts(subject: str, split: str) -> list[str]:
     def pick(n: int) -> int:
         return int(torch.randint(n, (1,), generator=generator))
 
+    opening = "explain" if split == "report" else "tell me about"  # so that no prompt is in two of them
     return [
-        " ".join(["tell me about", *(f"word{60 + pick(80)}" for _ in range(pick(6))), words[pick(3)], words[pick(3)]])
+        " ".join([opening, *(f"word{60 + pick(80)}" for _ in range(pick(6))), words[pick(3)], words[pick(3)]])
         for _ in range(N[split])
     ]
 
@@ -52,7 +53,7 @@ def _examples(backend: Backend, subject: str, split: str) -> Examples:
     # Graded, with an answered one among the refused and the reverse, and an undecided one.
     c = torch.linspace(0.4, 1.0, len(found), dtype=torch.float64) * (1 if refused else -1)
     c[0], c[1] = (-0.9 if refused else 0.9) if subject in ("political", "plain") else c[0], 0.0
-    return Examples(found, c, states)
+    return Examples(found, c, states, [f"{subject} {i // 3}" for i in range(len(found))])
 
 
 @cache
@@ -82,6 +83,12 @@ def _material(family: str, kind: Kind) -> Material:
 def _difference(a: Tensor, b: Tensor) -> Tensor:
     d = a.mean(0) - b.mean(0)
     return d / d.norm()
+
+
+def held_out(family: str = "llama", kind: Kind = "hooks") -> dict[str, Examples]:
+    """The same sets' prompts of a third split, on which checks are measured."""
+    backend = _material(family, kind).backend
+    return {subject: _examples(backend, subject, "report") for subject in SUBJECTS}
 
 
 def planted_material(family: str = "llama", kind: Kind = "hooks") -> Material:

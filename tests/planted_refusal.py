@@ -109,7 +109,8 @@ def planted_material(backend: Backend, n: int = 12, seed: int = 0) -> Material:
     def examples(harmful: bool, seed: int) -> Examples:
         made = texts(n, harmful, seed)
         rows = template.encode_all(made)
-        return Examples(made, log_odds(backend, rows, [REFUSAL]).sign().float(), last_states(backend, rows, sites))
+        signs = log_odds(backend, rows, [REFUSAL]).sign().float()
+        return Examples(made, signs, last_states(backend, rows, sites), list(made))
 
     fit, select = (
         {name: examples(harmful, 100 * seed + 10 * split + i) for i, (name, harmful) in enumerate(sets.items())}

@@ -35,7 +35,7 @@ from rsteer_interp.methods.selective import band
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import cosine
 from rsteer_interp.prompts import BUILT_IN, Prompt, load_prompts
-from tests.planted_material import planted_material
+from tests.planted_material import held_out, planted_material
 from tests.tiny_models import KINDS, PROMPTS, Kind, tiny_backend, tiny_rows
 
 TOKENS = (5, 9, 30)
@@ -125,7 +125,7 @@ def test_with_too_few_protected_prompts_the_method_says_what_p_keeps() -> None:
     AlphaSteer(null=0.3).gates(enough, sites)
     assert len(few.backend.notes) == before
     for each, words in ((few, f"{least:.2f}"), (enough, "0.3")):
-        rank, _ = AlphaSteer(null=0.3, depth=(0.4, 0.6)).checks(each, 0.1)
+        rank, _ = AlphaSteer(null=0.3, depth=(0.4, 0.6)).checks(each, 0.1, held_out())
         assert rank.value.value == pytest.approx(float(words), abs=0.02) and "0.3 asked for" in rank.null
         assert rank.value.n == protected_moments(each, sites)[sites[0]].count
 
@@ -232,7 +232,8 @@ def _planted(d: int = 40, k: int = 10, noise: float = 0.3, n: int = 60) -> Mater
         x[:, :k] += 4 * draw(n, k, seed=seed + 1)
         # What else the edited have in common is a place where protected ones are too: a gate that may use it, will.
         x[:, 0] = x[:, 0] / 16 + 6 if along else x[:, 0]
-        return Examples([f"tell me {i}" for i in range(n)], torch.full((n,), c), {site: x + along * u})
+        texts = [f"tell me {i}" for i in range(n)]
+        return Examples(texts, torch.full((n,), c), {site: x + along * u}, texts)
 
     parts = {
         split: {
@@ -250,7 +251,7 @@ def _planted(d: int = 40, k: int = 10, noise: float = 0.3, n: int = 60) -> Mater
 def test_leakage_is_small_while_the_protected_directions_are_removed_and_grows_without() -> None:
     """Held-out noise still leaks: to the amount that a large sample from the same population shows, inside the interval."""
     material = _planted()
-    found = leakage(material, Site(1), nulls=(0.5, 0.75, 1.0), penalty=0.1)
+    found = leakage(material, Site(1), material.select, nulls=(0.5, 0.75, 1.0), penalty=0.1)
     assert [(x.null, x.centred) for x in found] == [(n, c) for c in (False, True) for n in (0.5, 0.75, 1.0)]
     assert [x.rank for x in found[:3]] == [20, 30, 40]
     many = _planted(n=5000).select
@@ -274,7 +275,8 @@ def test_leakage_of_unusual_prompts_is_read_from_the_model() -> None:
     material = planted_material()
     texts = ["word7 word8 word9 word10", "why why why", "? ! ? !", "a a a a a a"]
     site = Site(1)
-    found = leakage(material, site, {"unusual": texts}, nulls=(0.5,))
+    prompts = [Prompt(prompt=text, subject=text) for text in texts]
+    found = leakage(material, site, material.select, {"unusual": prompts}, nulls=(0.5,))
     assert set(found[0].ratios) == {"harm", "kitchen", "arts", "unusual"}
     method = AlphaSteer(null=0.5)
     gate = method.gates(material, [site])[site]
@@ -284,7 +286,7 @@ def test_leakage_of_unusual_prompts_is_read_from_the_model() -> None:
     wanted = gate.scores(select.where(select.refused).states[site]).abs().mean()
     assert found[0].ratios["unusual"].value == pytest.approx(float(benign / wanted))
     with pytest.raises(UserError, match="two prompts on each side"):
-        leakage(material, site, {"one": texts[:1]}, nulls=(0.5,))
+        leakage(material, site, material.select, {"one": prompts[:1]}, nulls=(0.5,))
 
 
 # -- the edit ------------------------------------------------------------------------------------------------------
@@ -508,8 +510,7 @@ def test_rows_of_the_tiny_prompts_differ_in_length() -> None:
 
 
 def unusual() -> tuple[Prompt, ...]:
-    with resources.as_file(resources.files("rsteer_interp") / "data" / "unusual.jsonl") as path:
-        return load_prompts(path).prompts
+    return load_prompts("unusual").prompts
 
 
 def test_unusual_prompts_are_split_by_subject_with_every_category_in_each() -> None:

@@ -92,7 +92,8 @@ def test_selection_is_stable_under_resampling() -> None:
             for name, one in sets.items():
                 draw = torch.randint(len(one.texts), (len(one.texts),), generator=generator)
                 states = {site: x[draw] for site, x in one.states.items()}
-                out[name] = Examples([one.texts[i] for i in draw.tolist()], one.confidence[draw], states)
+                texts = [one.texts[i] for i in draw.tolist()]
+                out[name] = Examples(texts, one.confidence[draw], states, texts)
             return out
 
         drawn = replace(material, fit=again(material.fit), select=again(material.select), seed=seed)

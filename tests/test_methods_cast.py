@@ -122,7 +122,7 @@ def test_prompts_that_do_not_meet_the_condition_are_as_without_the_method(kind: 
     condition = fitted.search.chosen
     assert sorted(fitted.directions) == [Site(2), Site(3)] and condition.site <= Site(2)
     assert fitted.search.sites == (Site(1), Site(2))
-    assert fitted.search.f1_fit >= 0.8 and fitted.search.f1_select > fitted.search.f1_always
+    assert fitted.search.f1_fit >= 0.8 and fitted.search.f1_held > fitted.search.f1_always
     names = ("political", "harmful", "harmless", "general")
     rows = [row for name in names for row in data.template.encode_all(data.select[name].texts)]
     base = log_odds(backend, rows, TOKENS)

@@ -13,7 +13,7 @@ from rsteer_interp.evaluation import log_odds
 from rsteer_interp.methods import METHODS, Method, Treatment
 from rsteer_interp.methods.base import Fitted
 from rsteer_interp.methods.candidates import Search
-from tests.planted_material import planted_material, texts
+from tests.planted_material import held_out, planted_material, texts
 
 PROMPTS = [*texts("political", "select")[:4], *texts("harm", "select")[:3], *texts("kitchen", "select")[:3]]
 
@@ -76,12 +76,39 @@ def test_its_own_checks_have_interval_n_and_null(name: str) -> None:
     method: Any = METHODS[name]()
     if hasattr(method, "search"):  # a rank correlation needs all of the few candidates that four layers have
         method = replace(method, search=Search(stride=1))
-    found = method.checks(planted_material(), method.strengths[-1])
+    found = method.checks(planted_material(), method.strengths[-1], held_out())
     assert found
     for check in found:
         e = check.value
         assert check.what and e.n >= 2 and e.low <= e.value <= e.high
         assert any(c.isdigit() for c in check.null), "the null is in words and numbers"
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_its_checks_are_of_held_out_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on no select prompt: with the labels and the texts of select gone after the fit, the numbers stay."""
+    method: Any = METHODS[name]()
+    if hasattr(method, "search"):
+        method = replace(method, search=Search(stride=1))
+    material, held = planted_material(), held_out()
+    seen: set[str] = set()
+    for name_of in ("encode_all", "encode"):
+        plain = getattr(type(material.template), name_of)
+
+        def spy(template: Any, prompts: Any, *more: Any, plain: Any = plain) -> Any:
+            seen.update([prompts] if isinstance(prompts, str) else prompts)
+            return plain(template, prompts, *more)
+
+        monkeypatch.setattr(type(material.template), name_of, spy)
+    method.checks(material, method.strengths[-1], held)
+    of_fit, of_select, of_held = (
+        {text for one in part.values() for text in one.texts} for part in (material.fit, material.select, held)
+    )
+    assert not of_select & of_held
+    if name in ("scans", "ace", "compliance"):  # nothing of theirs is chosen by running select prompts
+        assert not seen & (of_select - of_fit)
+    if name not in ("dbdi", "alphasteer"):  # whose checks are on prompts of other sets
+        assert seen & of_held
 
 
 def test_checks_are_there_for_the_papers_that_claim_something_to_check() -> None:

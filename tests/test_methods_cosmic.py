@@ -19,7 +19,6 @@ from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.methods.arditi import Arditi
-from rsteer_interp.methods.arditi import Selection as Behaviour
 from rsteer_interp.methods.base import Examples, Material, Method
 from rsteer_interp.methods.candidates import Candidate, Search, evaluation_layers
 from rsteer_interp.methods.cosmic import Agreement, Cosmic, CosmicAffine, Score, Selection, agreement
@@ -45,10 +44,10 @@ def test_the_planted_layer_and_position_win_as_for_behaviour(plant: tuple[int, i
     assert (found.chosen.position, found.chosen.layer) == model.place and found.filters_met
     assert found.score.comply > 0.95 and found.score.refuse > 0.9 and found.unedited < 0.8
     behaviour = Arditi(search=EVERYTHING).select(material)
-    agreed = agreement(found, behaviour, n_permutations=999)
-    assert agreed.same and agreed.n == len(found.scores)
-    if form is Cosmic:
-        assert agreed.cost == 0
+    assert (behaviour.chosen.position, behaviour.chosen.layer) == model.place
+    assert agreement(found, n_permutations=999).n == len(found.scores)
+    (check,) = form(search=EVERYTHING).checks(material, 1.0, material.select)
+    assert "chosen: the same place" in check.what
 
 
 def test_a_coarse_grid_finds_the_layer_between() -> None:
@@ -108,7 +107,7 @@ def states_with(cosines: list[float]) -> dict[str, Examples]:
     """Two sets whose means have the given cosine at each block output."""
     refused = {Site(i): torch.tensor([[1.0, 0.0]]) for i in range(1, len(cosines) + 1)}
     answered = {Site(i): torch.tensor([[c, (1 - c**2) ** 0.5]]) * (5 + i) for i, c in enumerate(cosines, 1)}
-    return {"a": Examples(["x"], torch.ones(1), refused), "b": Examples(["y"], -torch.ones(1), answered)}
+    return {"a": Examples(["x"], torch.ones(1), refused, ["x"]), "b": Examples(["y"], -torch.ones(1), answered, ["y"])}
 
 
 def test_evaluation_layers_are_the_least_similar_and_one_at_least() -> None:
@@ -200,19 +199,13 @@ def test_methods_take_refusal_away_and_leave_ordinary_prompts(form: type[Cosmic]
     assert float(at_one.max()) < 0
 
 
-def selections(merit: np.ndarray, ablation: np.ndarray) -> tuple[Selection, Behaviour]:
-    """Selections with these scores; COSMIC chose the highest merit, behaviour the lowest ablation score."""
+def agree(merit: np.ndarray, ablation: np.ndarray) -> Agreement:
+    """Of a selection with these scores."""
     candidates = [Candidate(-1, i, torch.ones(2), torch.zeros(2)) for i in range(len(merit))]
     scores = tuple(
         Score(-1, i, 1.0, m, 0.0, 0.0, a, (), 0.0) for i, (m, a) in enumerate(zip(merit, ablation, strict=True))
     )
-    best, lowest = int(merit.argmax()), int(ablation.argmin())
-    cosmic = Selection(candidates[best], True, scores, (1,), 0.0)
-    return cosmic, Behaviour(candidates[lowest], True, scores, 0.0, 0.0, {})  # type: ignore[arg-type]
-
-
-def agree(merit: np.ndarray, ablation: np.ndarray) -> Agreement:
-    return agreement(*selections(merit, ablation), n_permutations=499)
+    return agreement(Selection(candidates[int(merit.argmax())], True, scores, (1,), 0.0), n_permutations=499)
 
 
 def test_agreement_is_spearmans_and_its_p_is_honest() -> None:
@@ -222,10 +215,9 @@ def test_agreement_is_spearmans_and_its_p_is_honest() -> None:
         got = agree(merit, ablation)
         assert got.rho == pytest.approx(float(stats.spearmanr(merit, -ablation).statistic))
         assert got.low < got.rho < got.high
-        assert got.cost == pytest.approx(ablation[merit.argmax()] - ablation.min())
     order = np.arange(12.0)
-    assert agree(order, -order).rho == pytest.approx(1) and agree(order, -order).same
-    assert agree(order, order).rho == pytest.approx(-1) and not agree(order, order).same
+    assert agree(order, -order).rho == pytest.approx(1)
+    assert agree(order, order).rho == pytest.approx(-1)
     null = [agree(*rng.normal(size=(2, 15))) for _ in range(60)]
     assert 0.3 < float(np.mean([one.p for one in null])) < 0.7
     assert sum(one.low > 0 or one.high < 0 for one in null) <= 8

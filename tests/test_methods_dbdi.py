@@ -24,9 +24,11 @@ from rsteer_interp.methods.dbdi import (
     sparsify,
     support_size,
 )
-from rsteer_interp.methods.separability import cross_validated_accuracy, separability
+from rsteer_interp.methods.separability import cross_validated_accuracy
 from rsteer_interp.nulls import cosine
 from rsteer_interp.prompts import load_prompts
+from rsteer_interp.statistics.draws import p_value
+from rsteer_interp.statistics.resampling import permutations
 from tests.tiny_models import KINDS, Kind, tiny_backend, tiny_rows
 from tests.two_direction_material import DETECTION, EXECUTION, LAYER, planted_material
 
@@ -172,13 +174,13 @@ def test_too_few_prompts_are_named() -> None:
 def test_accuracy_is_high_for_planted_classes_and_a_half_for_permuted_labels(sizes: tuple[int, int]) -> None:
     a, b = draw(sizes[0], 30, seed=5), draw(sizes[1], 30, seed=6)
     a[:, 0] += 6.0
-    found = separability(a, b, n_permutations=60)
-    assert found.accuracy > 0.9 and found.p == pytest.approx(1 / 61)
-    mean = sum(found.null) / len(found.null)
-    assert abs(mean - 0.5) < 0.06 and min(found.null) < 0.5 < max(found.null)
-    assert found.accuracy == cross_validated_accuracy(a, b)
-    nothing = separability(draw(sizes[0], 30, seed=7), draw(sizes[1], 30, seed=8), n_permutations=60)
-    assert nothing.p > 0.02 and nothing.accuracy < 0.8
+    found, both = cross_validated_accuracy(a, b), torch.cat([a, b])
+    shuffled = [both[torch.from_numpy(order)].split(sizes) for order in permutations(len(both), 60, 0)]
+    null = [cross_validated_accuracy(x, y) for x, y in shuffled]
+    assert found > 0.9 and float(p_value(found, null, "greater")) == pytest.approx(1 / 61)
+    assert abs(sum(null) / len(null) - 0.5) < 0.06 and min(null) < 0.5 < max(null)
+    nothing = cross_validated_accuracy(draw(sizes[0], 30, seed=7), draw(sizes[1], 30, seed=8))
+    assert float(p_value(nothing, null, "greater")) > 0.02 and nothing < 0.8
 
 
 def test_accuracy_on_the_fitted_prompts_would_be_no_test() -> None:
@@ -207,7 +209,8 @@ def test_aligned_pairs_are_requests_of_one_form() -> None:
     def examples(which: int, confidence: float) -> Examples:
         chosen = [place[i] for i in torch.randperm(len(place), generator=generator)[:60].tolist()]
         labels = torch.where(torch.rand(60, generator=generator) < 0.8, confidence, -confidence)
-        return Examples([sets[which].texts[i] for i in chosen], labels, {S: torch.tensor(chosen)[:, None].float()})
+        texts = [sets[which].texts[i] for i in chosen]
+        return Examples(texts, labels, {S: torch.tensor(chosen)[:, None].float()}, texts)
 
     material = planted_material()
     removed, contrast = examples(0, 1.0), examples(1, -1.0)

@@ -15,10 +15,10 @@ from rsteer_interp.evaluation import log_odds
 from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import AblateSubspace, Affine
 from rsteer_interp.methods.dbdi import TwoDirections
-from rsteer_interp.methods.dissociation import dissociation, standing
+from rsteer_interp.methods.dissociation import dissociation
 from rsteer_interp.nulls import random_unit_vectors
 from tests.tiny_models import tiny_backend, tiny_rows
-from tests.two_direction_material import DETECTION, EXECUTION, LAYER
+from tests.two_direction_material import LAYER
 
 S = Site(LAYER)
 
@@ -70,10 +70,13 @@ def test_a_planted_double_dissociation_is_seen_and_an_entangled_pair_is_not() ->
     clean = dissociation(
         backend, rows, (5,), replace(pair, execution=apart / apart.norm()), probe, beta=2.0, n_null=20
     ).effects
-    assert clean["shift_detection", "harm_probe"].p < 0.06 and clean["shift_detection", "harm_probe"].z < -3
+    assert (
+        clean["shift_detection", "harm_probe"].beside.p() < 0.06
+        and clean["shift_detection", "harm_probe"].beside.z < -3
+    )
     assert abs(clean["project_execution", "harm_probe"].value.value) < 1e-4
     twice = dissociation(backend, rows, (5,), replace(pair, execution=pair.detection), probe, beta=2.0, n_null=20)
-    assert twice.overlap == pytest.approx(1) and abs(twice.effects["project_execution", "harm_probe"].z) > 3
+    assert twice.overlap == pytest.approx(1) and abs(twice.effects["project_execution", "harm_probe"].beside.z) > 3
 
 
 def test_probes_before_the_edit_and_single_nulls_are_refused() -> None:
@@ -82,19 +85,6 @@ def test_probes_before_the_edit_and_single_nulls_are_refused() -> None:
         dissociation(backend, tiny_rows(backend), (5,), pair, Gate(Site(1), pair.detection, 0.0), beta=1.0)
     with pytest.raises(UserError, match="two or more"):
         dissociation(backend, tiny_rows(backend), (5,), pair, Gate(S, pair.detection, 0.0), beta=1.0, n_null=1)
-
-
-def test_prompts_that_sound_harmful_stand_far_along_detection_only() -> None:
-    reference, states = draw(60, 32, seed=1), draw(40, 32, seed=2) + 3 * DETECTION
-    apart = EXECUTION - (EXECUTION @ DETECTION) * DETECTION
-    seen, other = standing(states, reference, DETECTION), standing(states, reference, apart)
-    assert seen.value.low > 2 and seen.p < 0.01 and abs(seen.z) > 3
-    assert abs(other.value.value) < 0.7 and other.p > 0.05
-    by_hand = (states @ DETECTION - (reference @ DETECTION).mean()) / (reference @ DETECTION).std()
-    assert seen.value.value == pytest.approx(float(by_hand.mean())) and seen.value.n == 40
-    assert standing(states, reference, 9 * DETECTION).value.value == pytest.approx(seen.value.value)
-    with pytest.raises(UserError, match="do not vary"):
-        standing(states, reference[:1].expand(5, 32), DETECTION)
 
 
 def test_reading_both_at_once_is_reading_each() -> None:

@@ -47,7 +47,7 @@ def material(backend: Backend, odds: bool = False) -> Material:
     def examples(texts: list[str], confidence: float) -> Examples:
         rows = template.encode_all(texts)
         signs = log_odds(backend, rows, TOKENS).sign() if odds else torch.full((len(texts),), confidence)
-        return Examples(texts, signs, last_states(backend, rows, sites))
+        return Examples(texts, signs, last_states(backend, rows, sites), texts)
 
     sets = {
         "remove": examples(REFUSED, 1.0),

@@ -26,6 +26,8 @@ from rsteer_interp.random_audit import (
     random_audit,
 )
 from rsteer_interp.random_push import Guard, coherence, push, special_tokens
+from rsteer_interp.studies.random_audit import _halves
+from rsteer_interp.studies.study import BaseReplies
 from tests.tiny_models import PROMPTS, Kind, tiny_backend, tiny_rows
 
 TOKENS = (5, 9, 30)
@@ -182,7 +184,7 @@ def test_a_planted_direction_stands_out_and_a_random_one_does_not() -> None:
     assert planted.rank == 1 and planted.p == 1 / 25 and planted.z > 2.5
     assert other.p > 0.05
     data = audit.data()["layers"][0]
-    assert data["learned"]["planted"]["rank"] == 1 and data["fall"]["n"] == 24
+    assert data["learned"]["planted"]["rank"] == 1 and data["fall"]["n"] == len(one.base)
 
 
 def test_a_treatment_can_be_in_place() -> None:
@@ -241,3 +243,14 @@ def test_nothing_refused_is_an_error() -> None:
     backend = tiny_backend("llama")
     with pytest.raises(UserError, match="refused prompts"):
         random_audit(backend, [], TOKENS, _talks(backend))
+
+
+def test_what_is_aggregated_is_measured_on_other_subjects() -> None:
+    """No subject lies in both halves, and no prompt is lost but those over the number asked for."""
+    subjects = [f"subject {i // 3}" for i in range(20)]
+    texts = [f"prompt {i}" for i in range(20)]
+    refused = BaseReplies(texts, subjects, torch.ones(20, dtype=torch.bool), torch.zeros(20))
+    first, second = _halves(refused, 100)
+    assert not set(first.subjects) & set(second.subjects)
+    assert sorted([*first.texts, *second.texts]) == sorted(texts)
+    assert [len(x.texts) for x in _halves(refused, 4)] == [4, 4]

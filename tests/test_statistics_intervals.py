@@ -102,6 +102,19 @@ def test_a_difference_of_means_is_welchs() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((a.mean() - b.mean(), by_scipy.low, by_scipy.high))
 
 
+def test_two_ways_cover_where_prompts_share_subjects() -> None:
+    rng, subject, hits, naive = np.random.default_rng(10), np.repeat(np.arange(14), 4), 0, 0
+    for _ in range(RUNS):
+        x = rng.normal(size=(20, 1)) + rng.normal(0, 1.5, 14)[None, subject] + rng.normal(size=(20, 56))
+        flags = x > 0
+        found, mean = Rate.crossed(flags, clusters=subject), Estimate.crossed(x, clusters=subject)
+        plain = Rate.crossed(flags)
+        hits += (found.low <= 0.5 <= found.high) and (mean.low <= 0 <= mean.high)
+        naive += plain.low <= 0.5 <= plain.high
+    assert hits / RUNS > 0.91 and naive / RUNS < 0.9 and found.units == 14
+    assert Rate.crossed(flags, clusters=np.arange(56)) == plain
+
+
 def test_what_is_asked_of_nothing_is_refused() -> None:
     for wrong in (
         lambda: Rate.of([]),

@@ -81,7 +81,7 @@ _SIZES = {
     "num_hidden_layers": N_LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
 }
 _HEADS = {"head_dim": 8}
 _WINDOW = {"sliding_window": 4}  # far shorter than any prompt, so that it matters
@@ -114,7 +114,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma2": ("gemma2", _SIZES | _HEADS | _WINDOW | {"query_pre_attn_scalar": 8, "layer_types": _LOCAL}),
     "gemma3": ("gemma3_text", _SIZES | _HEADS | _WINDOW | {"query_pre_attn_scalar": 8, "layer_types": _LOCAL}),
-    "gpt2": ("gpt2", {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 128}),
+    "gpt2": ("gpt2", {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 256}),
     "gpt_neox": ("gpt_neox", {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
     "phi3": ("phi3", _SIZES),
 }

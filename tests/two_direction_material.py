@@ -31,7 +31,7 @@ def planted_material(family: str = "llama", n: int = 40, strength: float = 6.0, 
                 x = x + strength * (refused[:, None] * EXECUTION + (name == "harmful") * DETECTION)
             states[Site(layer)] = x.float()
         texts = [f"tell me about word{(start + i) % 100} and word{i}" for i in range(n)]
-        return Examples(texts, torch.where(refused, 1.0, -1.0), states)
+        return Examples(texts, torch.where(refused, 1.0, -1.0), states, [f"{name} {i // 4}" for i in range(n)])
 
     names = ("removed", "contrast", "harmful", "harmless", "general")
     fit, select = ({name: examples(name, 10 * i) for i, name in enumerate(names)} for _ in range(2))

@@ -22,10 +22,11 @@ from rsteer_interp.directions import MeanDifference, fit_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import add, set_component
-from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
+from rsteer_interp.methods.base import Check, Examples, Fitted, Material, Treatment
 from rsteer_interp.methods.refusal_steering import best_layers, evidence
 from rsteer_interp.selection import steerable_layers
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.intervals import Clusters, Estimate
+from rsteer_interp.statistics.resampling import bootstrap_counts
 from rsteer_interp.statistics.rotation import rotations
 
 N_CHECKED = 24  # prompts of either kind on which standardisation is measured
@@ -74,6 +75,7 @@ def standardisation(
     references: Vectors,
     alpha: float,
     *,
+    subjects: Clusters = None,
     n_random: int = 8,
     n_draws: int = 2000,
     seed: int = 0,
@@ -93,25 +95,30 @@ def standardisation(
     for turned in rotations(directions, n_random, seed):
         a, b = both(turned)
         null.append(float(a.var() / b.var()))
-    ratio = variance_ratio(ace, caa, n_draws=n_draws, seed=seed)
+    ratio = variance_ratio(ace, caa, subjects=subjects, n_draws=n_draws, seed=seed)
     return Standardisation(alpha, ratio, float(ace.var()), float(caa.var()), tuple(null))
 
 
 def variance_ratio(
-    a: Float[Tensor, " prompt"], b: Float[Tensor, " prompt"], *, n_draws: int = 2000, seed: int = 0
+    a: Float[Tensor, " prompt"],
+    b: Float[Tensor, " prompt"],
+    *,
+    subjects: Clusters = None,
+    n_draws: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
-    """var(a) / var(b) over the same prompts, with the 95 % percentile interval of a paired bootstrap.
+    """var(a) / var(b) over the same prompts, with the 95 % percentile interval of a paired bootstrap over prompts or subjects.
 
     UserError for fewer than three prompts or equal values of b.
     """
     x, y = a.double().numpy(), b.double().numpy()
     if len(x) < 3 or np.ptp(y) == 0:
         raise UserError(f"a ratio of variances needs three prompts or more that differ (n = {len(x)}); add prompts")
-    index = np.random.default_rng(seed).integers(len(x), size=(n_draws, len(x)))
-    below = y[index].var(axis=1)
-    # A draw of equal prompts has no ratio; it is as rare as n^(1 - n).
-    low, high = np.quantile(x[index].var(axis=1)[below > 0] / below[below > 0], [0.025, 0.975])
-    return Estimate(float(x.var() / y.var()), float(low), float(high), len(x))
+    counts = bootstrap_counts(len(x), n_draws, seed, clusters=subjects)
+    weights = counts / counts.sum(1, keepdims=True)
+    above, below = (weights @ z**2 - (weights @ z) ** 2 for z in (x - x.mean(), y - y.mean()))
+    some = below > 1e-9 * y.var()  # a draw of equal prompts has no ratio; it is as rare as n^(1 - n)
+    return Estimate.of_draws(float(x.var() / y.var()), above[some] / below[some], len(x))
 
 
 @dataclass(frozen=True)
@@ -137,17 +144,19 @@ class ACE:
         directions, references = self.learn(material)
         return lambda strength: Treatment(ace_edit(directions, references, 1 - strength))
 
-    def checks(self, material: Material, strength: float) -> list[Check]:
+    def checks(self, material: Material, strength: float, held: Mapping[str, Examples]) -> list[Check]:
         """Standardisation: how far prompts of both kinds are brought to one level, beside adding the same difference."""
-        texts = [
-            text for name in (material.remove, material.contrast) for text in material.select[name].texts[:N_CHECKED]
-        ]
+        both = [held[name] for name in (material.remove, material.contrast)]
+        texts, subjects = (
+            [x for one in both for x in getattr(one, part)[:N_CHECKED]] for part in ("texts", "subjects")
+        )
         found = standardisation(
             material.backend,
             material.template.encode_all(texts),
             material.refusal_tokens,
             *self.learn(material),
             1 - strength,
+            subjects=subjects,
             seed=material.seed,
         )
         what = "variance of the refusal log-odds over prompts of both kinds, as a share of that under plain addition"

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,9 +32,10 @@ from rsteer_interp.methods.refusal_steering import evidence
 from rsteer_interp.methods.selective import band, norms
 from rsteer_interp.moments import Moments, Scatter
 from rsteer_interp.pooling import pooled
-from rsteer_interp.prompts import load_prompts
+from rsteer_interp.prompts import Prompt, load_prompts
 from rsteer_interp.spectrum import EnergyShares, energy_shares, spectrum
 from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.resampling import bootstrap_counts
 
 N_UNUSUAL = 32  # prompts on which leakage is checked
 PENALTY = 10.0  # the authors' code, in squared activation units
@@ -197,8 +197,8 @@ class LastTokenShift:
 class Leakage:
     """How much of the edit reaches prompts that it should not: |Delta h_b| / |Delta h_m|, means over held-out prompts.
 
-    Delta has rank one, so this is the ratio of mean |score|. `ratios` by set, with a bootstrap interval over the prompts of
-    both sides and n those of the set. `rank` is P's; null = 1 (P = I) is the ridge gate without a null space, the null to
+    Delta has rank one, so this is the ratio of mean |score|. `ratios` by set, with a bootstrap interval over the subjects of
+    both sides and n the set's prompts. `rank` is P's; null = 1 (P = I) is the ridge gate without a null space, the null to
     compare with. `energy` says what the protected second moment is about (mean and largest coordinates).
     """
 
@@ -212,41 +212,51 @@ class Leakage:
 def leakage(
     material: Material,
     site: Site,
-    extra: Mapping[str, Sequence[str]] | None = None,
+    held: Mapping[str, Examples],
+    extra: Mapping[str, Sequence[Prompt]] | None = None,
     *,
     nulls: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.8, 0.9, 1.0),
     forms: Sequence[bool] = (False, True),
     penalty: float = PENALTY,
     seed: int = 0,
 ) -> list[Leakage]:
-    """Leakage at a site for every null fraction, uncentred (the paper's) and centred (`forms`); fitted on fit, read on select.
+    """Leakage at a site for every null fraction, uncentred (the paper's) and centred (`forms`); fitted on fit, read on `held` prompts.
 
     Sets: the kept and the ordinary ones, and `extra` prompts by name (such as unusual ones), for which the model is run once.
     """
     edited = _edited(material, material.fit)
     moments = protected_moments(material, [site])[site]
-    held = {name: material.select[name].states[site] for name in (material.keep, *material.ordinary)}
-    for name, texts in (extra or {}).items():
-        held[name] = last_states(material.backend, material.template.encode_all(texts), [site])[site]
-    wanted = _edited(material, material.select)[site]
+    read = {name: (held[name].states[site], held[name].subjects) for name in (material.keep, *material.ordinary)}
+    for name, prompts in (extra or {}).items():
+        rows = material.template.encode_all([p.prompt for p in prompts])
+        read[name] = last_states(material.backend, rows, [site])[site], [p.subject for p in prompts]
+    wanted = held[material.remove].where(held[material.remove].refused)
     found = []
     for centred in forms:
         for null in nulls:
             space = NullSpace.of(moments, null, centred)
             gate = linear_gate(edited[site], space, penalty)
-            ratios = {n: _mean_ratio(gate.scores(x).abs(), gate.scores(wanted).abs(), seed) for n, x in held.items()}
+            below = gate.scores(wanted.states[site]).abs(), wanted.subjects
+            ratios = {n: _mean_ratio((gate.scores(x).abs(), of), below, seed) for n, (x, of) in read.items()}
             found.append(Leakage(null, centred, space.rank, ratios, energy_shares(moments)))
     return found
 
 
-def _mean_ratio(a: Float[Tensor, " n"], b: Float[Tensor, " m"], seed: int, n_draws: int = 2000) -> Estimate:
-    if min(len(a), len(b)) < 2:
-        raise UserError(f"a ratio with an interval needs two prompts on each side ({len(a)} and {len(b)}); add prompts")
-    x, y = a.double().numpy(), b.double().numpy()
-    rng = np.random.default_rng(seed)
-    above, below = (v[rng.integers(len(v), size=(n_draws, len(v)))].mean(1) for v in (x, y))
-    low, high = np.quantile(above / below, [0.025, 0.975])
-    return Estimate(float(x.mean() / y.mean()), float(low), float(high), len(x))
+Scores = tuple[Float[Tensor, " n"], Sequence[str]]  # with their subjects
+
+
+def _mean_ratio(above: Scores, below: Scores, seed: int, n_draws: int = 2000) -> Estimate:
+    sizes = len(above[1]), len(below[1])
+    if min(sizes) < 2:
+        raise UserError(
+            f"a ratio with an interval needs two prompts on each side ({sizes[0]} and {sizes[1]}); add prompts"
+        )
+    drawn = []
+    for i, (scores, subjects) in enumerate((above, below)):
+        counts = bootstrap_counts(len(subjects), n_draws, 2 * seed + i, clusters=subjects)
+        drawn.append(counts @ scores.double().numpy() / counts.sum(1))
+    value = float(above[0].double().mean() / below[0].double().mean())
+    return Estimate.of_draws(value, drawn[0] / drawn[1], sizes[0])
 
 
 def _edited(material: Material, examples: Mapping[str, Examples]) -> dict[Site, Tensor]:
@@ -318,17 +328,26 @@ class AlphaSteer:
 
         return treatment
 
-    def checks(self, material: Material, strength: float) -> list[Check]:
+    def checks(self, material: Material, strength: float, held: Mapping[str, Examples]) -> list[Check]:
         """Rank of P, and leakage on unusual benign prompts (maths, code, other languages) beside the gate without a null space."""
         site = band(material.n_layers, self.depth)[0]
         moments = protected_moments(material, [site])[site]
         null = self.attainable(moments)
         share = NullSpace.of(moments, null, self.centred).rank / moments.d
-        unusual = {"unusual": load_prompts("unusual").split("select").texts[:N_UNUSUAL]}
-        both = leakage(
-            material, site, unusual, nulls=(null, 1.0), forms=(self.centred,), penalty=self.penalty, seed=material.seed
+        unusual = {"unusual": load_prompts("unusual").split("report").sample(N_UNUSUAL, material.seed).prompts}
+        own, without = (
+            found.ratios["unusual"]
+            for found in leakage(
+                material,
+                site,
+                held,
+                unusual,
+                nulls=(null, 1.0),
+                forms=(self.centred,),
+                penalty=self.penalty,
+                seed=material.seed,
+            )
         )
-        own, without = (found.ratios["unusual"] for found in both)
         return [
             Check(
                 f"rank of P as a share of d = {moments.d}, at {site}",

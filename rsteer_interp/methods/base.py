@@ -39,6 +39,7 @@ class Examples:
     texts: list[str]
     confidence: Float[Tensor, " prompt"]
     states: States
+    subjects: list[str]
 
     @property
     def refused(self) -> Bool[Tensor, " prompt"]:
@@ -50,8 +51,9 @@ class Examples:
 
     def where(self, mask: Bool[Tensor, " prompt"]) -> Examples:
         """The prompts for which the mask is true."""
-        texts = [text for text, chosen in zip(self.texts, mask.tolist(), strict=True) if chosen]
-        return Examples(texts, self.confidence[mask], {site: x[mask] for site, x in self.states.items()})
+        kept = mask.nonzero()[:, 0].tolist()
+        texts, subjects = ([values[i] for i in kept] for values in (self.texts, self.subjects))
+        return Examples(texts, self.confidence[mask], {site: x[mask] for site, x in self.states.items()}, subjects)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +84,8 @@ class Material:
 
 @dataclass(frozen=True)
 class Check:
-    """What a method's own paper claims, as one number on the select split, with its interval and n; `null` says in words and numbers
-    what it would be if the claim were empty."""
+    """What a method's own paper claims, as one number on prompts that neither the fit nor the choice of its strength saw, with its
+    interval over subjects and n; `null` says in words and numbers what it would be if the claim were empty."""
 
     what: str
     value: Estimate
@@ -98,7 +100,8 @@ class Method(Protocol):
     """A frozen dataclass whose fields are hyperparameters, with the four class variables and `fit`.
 
     `strengths`, ascending and positive, are what is tried on the select split; more is more removal. A method without a
-    knob has one. A method may also have `checks(material, strength) -> list[Check]`, which the comparison shows with it.
+    knob has one. A method may also have `checks(material, strength, held) -> list[Check]`, which the comparison shows with it: `held`
+    are the same sets' prompts of the report split, by name, on which alone it measures.
     """
 
     name: ClassVar[str]

@@ -123,24 +123,24 @@ class Cast:
     def fit(self, material: Material) -> FittedCast:
         """A pass through the first half of the layers over fit and select prompts, and one over prompts with suffixes."""
         steered = [Site(layer) for layer in layers_between(material.n_layers, self.first, self.last)]
-        search = self._condition(material, steered[0])
+        search = self._condition(material, steered[0], material.select)
         directions = self._behaviour(material, steered)
         rows = material.template.encode_all(material.fit[material.remove].texts[:N_NORMS])
         norms = mean_norms(material.backend, rows, steered)
         return FittedCast(directions, norms, search, self.first_pass, self.renormalise)
 
-    def checks(self, material: Material, strength: float) -> list[Check]:
-        """The condition that was found, on select: ROC, and F1 at its threshold."""
+    def checks(self, material: Material, strength: float, held: Mapping[str, Examples]) -> list[Check]:
+        """The condition that was found, on held-out prompts: ROC, and F1 at its threshold."""
         steered = [Site(layer) for layer in layers_between(material.n_layers, self.first, self.last)]
-        found = self._condition(material, steered[0])
+        found = self._condition(material, steered[0], held)
         low, high = found.roc.null
         what = (
-            f"area under the condition's ROC at {found.chosen.site}; F1 {found.f1_select:.2f}, on fit {found.f1_fit:.2f}, if it "
+            f"area under the condition's ROC at {found.chosen.site}; F1 {found.f1_held:.2f}, on fit {found.f1_fit:.2f}, if it "
             f"always held {found.f1_always:.2f}"
         )
         return [Check(what, found.roc.area, f"permuted labels {low:.2f} to {high:.2f}")]
 
-    def _condition(self, material: Material, before: Site) -> Search:
+    def _condition(self, material: Material, before: Site, held: Mapping[str, Examples]) -> Search:
         sites = [Site(x) for x in range(1, min(material.n_layers // 2, before.layer) + 1)]
         if not sites:
             raise UserError(f"no layer before {before} to read a condition at; steer deeper layers")
@@ -150,11 +150,12 @@ class Cast:
             return pooled_states(material.backend, material.template.encode_all(texts), sites, self.pooling)
 
         others = (material.keep, *material.ordinary)
-        fit, select = (
-            (side(examples, [material.remove]), side(examples, others)) for examples in (material.fit, material.select)
-        )
+        fit, seen = ((side(part, [material.remove]), side(part, others)) for part in (material.fit, held))
+        subjects = [(name, s) for name in (material.remove, *others) for s in held[name].subjects]
         vectors = {site: paired_direction(*matched(fit[0][site], fit[1][site]), self.centring) for site in sites}
-        return search_condition(vectors, fit, select, pooling=self.pooling, tanh=self.tanh, seed=material.seed)
+        return search_condition(
+            vectors, fit, seen, pooling=self.pooling, tanh=self.tanh, subjects=subjects, seed=material.seed
+        )
 
     def _behaviour(self, material: Material, sites: Sequence[Site]) -> dict[Site, Float[Tensor, " d"]]:
         if self.behaviour == "suffixes":

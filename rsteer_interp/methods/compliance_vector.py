@@ -24,7 +24,7 @@ from rsteer_interp.batch import ChatTemplate, Tokens
 from rsteer_interp.directions.paired import Centring, paired_direction
 from rsteer_interp.errors import UserError
 from rsteer_interp.interventions import add
-from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
+from rsteer_interp.methods.base import Check, Examples, Fitted, Material, Treatment
 from rsteer_interp.methods.probe_crossing import crossings, first_token_kl, harm_probe
 from rsteer_interp.prompts import load_prompts
 from rsteer_interp.statistics.intervals import Estimate
@@ -120,7 +120,7 @@ class Compliance:
         directions, norms = self.learn(material)
         return lambda strength: Treatment(_away(directions, norms, strength))
 
-    def checks(self, material: Material, strength: float) -> list[Check]:
+    def checks(self, material: Material, strength: float, held: Mapping[str, Examples]) -> list[Check]:
         """Crossings of a harm probe behind the last edit, predicted and observed; KL at the first tokens of benign answers."""
         directions, norms = self.learn(material)
         amounts = {site: -strength * norms[site] for site in directions}
@@ -129,12 +129,14 @@ class Compliance:
         )
         half = [len(x) // 2 for x in (harmful, harmless)]
         parts = harmful[: half[0]], harmless[: half[1]], harmful[half[0] :], harmless[half[1] :]
-        rows = material.template.encode_all(material.select[material.keep].texts)
-        probe = harm_probe(max(directions), *parts)
-        (crossed,) = crossings(material.backend, rows, [probe], directions, amounts, n_null=N_NULL, seed=material.seed)
-        talks = load_prompts("conversations").sample(N_TALKS, material.seed)
-        answers = [material.template.encode(talk.prompt, talk.answer) for talk in talks]
-        kl = first_token_kl(material.backend, answers, directions, amounts, 8, n_null=N_NULL_KL, seed=material.seed)
+        rows, of = material.template.encode_all(held[material.keep].texts), held[material.keep].subjects
+        probe, seed = harm_probe(max(directions), *parts), material.seed
+        (crossed,) = crossings(
+            material.backend, rows, [probe], directions, amounts, subjects=of, n_null=N_NULL, seed=seed
+        )
+        talks = load_prompts("conversations").unsplit.split("report").sample(N_TALKS, seed)
+        answers, of = [material.template.encode(t.prompt, t.answer) for t in talks], [t.subject for t in talks]
+        kl = first_token_kl(material.backend, answers, directions, amounts, 8, subjects=of, n_null=N_NULL_KL, seed=seed)
         seen = crossed.observed
         return [
             Check(

@@ -10,7 +10,7 @@ from the code). The candidate with the largest S_comply + S_refuse is chosen; on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.methods import arditi
-from rsteer_interp.methods.base import Check, Fitted, Material, Treatment
+from rsteer_interp.methods.base import Check, Examples, Fitted, Material, Treatment
 from rsteer_interp.methods.candidates import Candidate, Operator, Place, Search, removal
 from rsteer_interp.methods.trials import Effects, Selected, chosen_among, shortfall, trials
 from rsteer_interp.nulls import cosine
+from rsteer_interp.statistics.draws import p_value
 from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.resampling import permutations
 
 Pool = Literal["concatenate", "average"]
 
@@ -101,11 +103,15 @@ class Cosmic:
         chosen = self.select(material).chosen
         return lambda strength: Treatment(removal(material.backend, chosen, self.operator, strength))
 
-    def checks(self, material: Material, strength: float) -> list[Check]:
-        """Agreement of the order by activations with the order by behaviour, over the same candidates."""
-        behaviour = arditi.Arditi(search=self.search).select(material)
-        found = agreement(self.select(material), behaviour, seed=material.seed)
-        choice = "the same place as by behaviour" if found.same else f"another, which leaves {found.cost:+.1f} nats"
+    def checks(self, material: Material, strength: float, held: Mapping[str, Examples]) -> list[Check]:
+        """Agreement of the order by activations with the order by behaviour over the same candidates, both on held-out prompts; and
+        what the choice by activations leaves there, of the two that are made on select."""
+        there, behaviour = replace(material, select=held), arditi.Arditi(search=self.search)
+        found = agreement(self.select(there), seed=material.seed)
+        ours, theirs = (_place(one.select(material).chosen) for one in (self, behaviour))
+        left = trials(there, self.search).effects((ours, theirs), self.operator)
+        cost = float(left[ours].removed.mean() - left[theirs].removed.mean())
+        choice = "the same place as by behaviour" if ours == theirs else f"another, which leaves {cost:+.1f} nats"
         return [
             Check(
                 f"rank correlation of the scores with the fall of refusal log-odds over candidates; chosen: {choice}",
@@ -153,6 +159,10 @@ class CosmicAffine(Cosmic):
     operator: ClassVar[Operator] = "affine"
 
 
+def _place(candidate: Candidate) -> Place:
+    return candidate.position, candidate.layer
+
+
 def _median_peak(scores: Mapping[Place, float]) -> float:
     """Median over the positions before the last of the layer where a position scores highest (the lower of a middle pair);
     at the last position deeper layers than both medians are dropped. Infinite without other positions: nothing is dropped."""
@@ -168,9 +178,8 @@ class Agreement:
     """How far COSMIC's order of the candidates is that of behaviour: Spearman's rho of S_comply + S_refuse with the fall of
     refusal log-odds (1: the same order), its 95 % interval (Bonett and Wright 2000) and two-sided permutation p.
 
-    `same` says whether the two selectors chose one place; `cost` is the refusal log-odds that COSMIC's choice leaves beyond
-    those that Arditi's leaves, in nats. Candidates of neighbouring layers are alike, so that n of them tell less than n
-    independent ones: interval and p are too narrow, and say at most that there is an order.
+    Candidates of neighbouring layers are alike, so that n of them tell less than n independent ones: interval and p are too narrow,
+    and say at most that there is an order.
     """
 
     rho: float
@@ -178,13 +187,9 @@ class Agreement:
     high: float
     p: float
     n: int
-    same: bool
-    cost: float
 
 
-def agreement(
-    cosmic: Selection, behaviour: arditi.Selection, *, n_permutations: int = 9999, seed: int = 0
-) -> Agreement:
+def agreement(cosmic: Selection, *, n_permutations: int = 9999, seed: int = 0) -> Agreement:
     """Over the candidates that COSMIC tried. UserError for fewer than five, or when all score the same."""
     fall = np.array([-score.ablation for score in cosmic.scores])
     merit = np.array([score.merit for score in cosmic.scores])
@@ -194,17 +199,6 @@ def agreement(
     a, b = stats.rankdata(fall), stats.rankdata(merit)
     a, b = (a - a.mean()) / a.std(), (b - b.mean()) / b.std()
     rho = float(a @ b / n)
-    rng = np.random.default_rng(seed)
-    null = np.array([a @ rng.permutation(b) / n for _ in range(n_permutations)])
-    reached = int((np.abs(null) >= abs(rho) - 1e-12).sum())
+    null = b[permutations(n, n_permutations, seed)] @ a / n
     z, half = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9)), 1.96 * np.sqrt((1 + rho**2 / 2) / (n - 3))
-    same = (cosmic.chosen.position, cosmic.chosen.layer) == (behaviour.chosen.position, behaviour.chosen.layer)
-    return Agreement(
-        rho,
-        float(np.tanh(z - half)),
-        float(np.tanh(z + half)),
-        (1 + reached) / (1 + n_permutations),
-        n,
-        same,
-        cosmic.score.ablation - behaviour.score.ablation,
-    )
+    return Agreement(rho, float(np.tanh(z - half)), float(np.tanh(z + half)), float(p_value(rho, null)), n)

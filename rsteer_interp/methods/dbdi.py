@@ -9,7 +9,7 @@ last prompt token, uncentred differences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -129,7 +129,7 @@ class Dbdi:
         norm = mean_norms(material.backend, material.template.encode_all(texts), [found.site])[found.site]
         return lambda strength: Treatment(found.edit(strength * norm, alpha=self.alpha, order=self.order))
 
-    def checks(self, material: Material, strength: float) -> list[Check]:
+    def checks(self, material: Material, strength: float, held: Mapping[str, Examples]) -> list[Check]:
         """The double dissociation on borderline prompts: what projecting and what shifting does to refusal and to a harm probe."""
         from rsteer_interp.methods.dissociation import dissociation  # which knows TwoDirections
 
@@ -140,15 +140,17 @@ class Dbdi:
         fit, select = (
             [part[name].states[site] for name in (keep, ordinary)] for part in (material.fit, material.select)
         )
-        borderline = load_prompts("borderline").split("select").texts[:N_BORDERLINE]
+        borderline = load_prompts("borderline").split("report").sample(N_BORDERLINE, material.seed)
+        rows, subjects = material.template.encode_all(borderline.texts), [p.subject for p in borderline]
         seen = dissociation(
             material.backend,
-            material.template.encode_all(borderline),
+            rows,
             material.refusal_tokens,
             found,
             harm_probe(site, fit[0], fit[1], select[0], select[1]),
             alpha=self.alpha,
             beta=strength * norm,
+            subjects=subjects,
             seed=material.seed,
         )
         words = {
@@ -156,19 +158,25 @@ class Dbdi:
             "harm_probe": "a harm probe",
             "project_execution": "projecting",
         }
-        order = self._order(material, material.template.encode_all(borderline), found, strength * norm, norm)
+        order = self._order(material, rows, subjects, found, strength * norm, norm)
         return [order] + [
             Check(
                 f"change of {words[read]} by {words.get(cause, 'shifting')} on borderline prompts (overlap of the directions "
                 f"{found.overlap:+.2f})",
                 effect.value,
-                f"{len(effect.null)} random directions {min(effect.null):+.2f} to {max(effect.null):+.2f}, p = {effect.p:.2g}",
+                f"{len(effect.null)} random directions {min(effect.null):+.2f} to {max(effect.null):+.2f}, p = {effect.beside.p():.2g}",
             )
             for (cause, read), effect in seen.effects.items()
         ]
 
     def _order(
-        self, material: Material, rows: Sequence[Tokens], found: TwoDirections, beta: float, norm: float
+        self,
+        material: Material,
+        rows: Sequence[Tokens],
+        subjects: Sequence[str],
+        found: TwoDirections,
+        beta: float,
+        norm: float,
     ) -> Check:
         """What projecting before shifting changes against shifting before, beside what the identity of `order_gap` allows."""
         gap = order_gap(found.execution, found.detection, alpha=self.alpha, beta=beta)
@@ -176,7 +184,7 @@ class Dbdi:
         first, second = log_odds_of_each(material.backend, rows, material.refusal_tokens, edits)
         return Check(
             "change of refusal log-odds on borderline prompts by projecting first in place of shifting first",
-            Estimate.of((first - second).numpy(), seed=material.seed),
+            Estimate.of((first - second).numpy(), clusters=subjects, seed=material.seed),
             f"the states differ by alpha beta <r, g> = {float(gap.norm()) / norm:.2g} |resid|; 0 for orthogonal directions",
         )
 

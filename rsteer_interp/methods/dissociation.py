@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,7 +25,8 @@ from rsteer_interp.interventions import AblateSubspace, Affine
 from rsteer_interp.measures import refusal_log_odds
 from rsteer_interp.methods.dbdi import TwoDirections
 from rsteer_interp.nulls import random_unit_vectors
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.draws import Beside
+from rsteer_interp.statistics.intervals import Clusters, Estimate
 
 Cause = Literal["project_execution", "shift_detection"]
 ReadOut = Literal["refusal_log_odds", "harm_probe"]
@@ -40,42 +40,9 @@ class AgainstRandom:
     null: tuple[float, ...]
 
     @property
-    def z(self) -> float:
-        """The value's distance from the null's mean in standard deviations of the null: comparable between read-outs."""
-        return float((self.value.value - np.mean(self.null)) / np.std(self.null, ddof=1))
-
-    @property
-    def p(self) -> float:
-        """(1 + #{null at least as far from the null's mean}) / (1 + draws), two-sided."""
-        centre = float(np.mean(self.null))
-        reached = sum(abs(x - centre) >= abs(self.value.value - centre) for x in self.null)
-        return (1 + reached) / (1 + len(self.null))
-
-
-def standing(
-    states: Float[Tensor, "n d"],
-    reference: Float[Tensor, "m d"],
-    direction: Float[Tensor, " d"],
-    *,
-    n_null: int = 200,
-    seed: int = 0,
-) -> AgainstRandom:
-    """Where prompts stand along a direction, in standard deviations of the reference prompts from their mean.
-
-        (<h, v> - mean_ref <h, v>) / sd_ref <h, v>
-
-    The null is the same along random directions. UserError when the reference prompts do not vary along the direction.
-    """
-    d = len(direction)
-    v = torch.cat([(direction.double() / direction.double().norm())[None], random_unit_vectors(n_null, d, seed)])
-    base, x = reference.double() @ v.T, states.double() @ v.T
-    spread = base.std(0)
-    if not bool((spread > 0).all()):
-        raise UserError(
-            f"{len(reference)} reference prompts do not vary along the direction; give two or more, unlike ones"
-        )
-    z = (x - base.mean(0)) / spread
-    return AgainstRandom(Estimate.of(z[:, 0].numpy(), seed=seed), tuple(z[:, 1:].mean(0).tolist()))
+    def beside(self) -> Beside:
+        """Its z is the distance from the null's mean in standard deviations: comparable between read-outs."""
+        return Beside.of(self.value.value, self.null)
 
 
 @dataclass(frozen=True)
@@ -101,10 +68,11 @@ def dissociation(
     *,
     alpha: float = 1.0,
     beta: float,
+    subjects: Clusters = None,
     n_null: int = 20,
     seed: int = 0,
 ) -> Dissociation:
-    """The 2 x 2 table on the given (benign) prompts: 3 + 2 n_null passes. beta in units of the stream.
+    """The 2 x 2 table on the given (benign) prompts of these subjects: 3 + 2 n_null passes. beta in units of the stream.
 
     The probe may read at the edited site, where its change is exact algebra, or behind it. A null of the projection moves every
     state as far as it does, but along a random unit vector u (h - alpha <h, r> u); that of the shift adds -beta u. UserError for
@@ -128,7 +96,7 @@ def dissociation(
         for name in base:
             change = [(x[name] - base[name]).numpy() for x in after]
             null = tuple(float(x.mean()) for x in change[1:])
-            effects[cause, name] = AgainstRandom(Estimate.of(change[0], seed=seed), null)
+            effects[cause, name] = AgainstRandom(Estimate.of(change[0], clusters=subjects, seed=seed), null)
     return Dissociation(effects, directions.overlap, len(rows))
 
 

@@ -83,6 +83,7 @@ def crossings(
     directions: Vectors,
     amounts: Amounts,
     *,
+    subjects: Sequence[str] | None = None,
     n_null: int = 20,
     seed: int = 0,
 ) -> list[Crossing]:
@@ -97,10 +98,17 @@ def crossings(
         raise UserError(f"a probe reads {early[0]}, before the first edit at {first}; read at or behind it")
     edits = [None, add(directions, amounts), *_nulls(directions, amounts, n_null, seed)]
     states = [last_states(backend, rows, sites, edit) for edit in edits]
-    return [_crossing(probe, [x[probe.site] for x in states], directions, amounts) for probe in probes]
+    groups = list(subjects) if subjects is not None else [str(i) for i in range(len(rows))]
+    return [_crossing(probe, [x[probe.site] for x in states], groups, directions, amounts) for probe in probes]
 
 
-def _crossing(probe: Gate, states: Sequence[Float[Tensor, "n d"]], directions: Vectors, amounts: Amounts) -> Crossing:
+def _crossing(
+    probe: Gate,
+    states: Sequence[Float[Tensor, "n d"]],
+    subjects: Sequence[str],
+    directions: Vectors,
+    amounts: Amounts,
+) -> Crossing:
     before, *after = [probe.scores(x) for x in states]
     harmful = before > probe.threshold
     n = int(harmful.sum())
@@ -114,14 +122,15 @@ def _crossing(probe: Gate, states: Sequence[Float[Tensor, "n d"]], directions: V
     )
 
     def share(scores: Float[Tensor, " n"]) -> Rate:
-        return Rate.from_count(int((scores[harmful] <= probe.threshold).sum()), n)
+        of = [subject for subject, counted in zip(subjects, harmful.tolist(), strict=True) if counted]
+        return Rate.of((scores[harmful] <= probe.threshold).numpy(), clusters=of)
 
     measured = after[0] - before
     return Crossing(
         probe.site,
         probe.site == min(directions),
         predicted,
-        Estimate.of(measured.numpy()),
+        Estimate.of(measured.numpy(), clusters=subjects),
         float((measured - predicted).abs().max()),
         share(before + predicted),
         share(after[0]),
@@ -152,6 +161,7 @@ def first_token_kl(
     amounts: Amounts,
     n_tokens: int = 16,
     *,
+    subjects: Sequence[str] | None = None,
     n_null: int = 5,
     seed: int = 0,
 ) -> TokenKl:
@@ -162,8 +172,14 @@ def first_token_kl(
     edits = [add(directions, amounts), *_nulls(directions, amounts, n_null, seed)]
     steered, *nulls = token_kl(backend, rows, edits, n_tokens)
     reached = [t for t in range(n_tokens) if int((~steered[:, t].isnan()).sum()) >= 2]
+
+    def mean(t: int) -> Estimate:
+        there = (~steered[:, t].isnan()).nonzero()[:, 0].tolist()
+        of = None if subjects is None else [subjects[i] for i in there]
+        return Estimate.of(steered[there, t].numpy(), clusters=of, seed=seed)
+
     return TokenKl(
-        tuple(Estimate.of(steered[~steered[:, t].isnan(), t].numpy(), seed=seed) for t in reached),
+        tuple(map(mean, reached)),
         tuple(float(torch.stack(nulls)[:, :, t].nanmean()) for t in reached) if nulls else (),
     )
 

@@ -19,7 +19,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.gates import balanced_threshold, roc
 from rsteer_interp.interventions import AtPositions, add
 from rsteer_interp.lens import anchors
-from rsteer_interp.methods.base import Check, Material, States, Treatment
+from rsteer_interp.methods.base import Check, Examples, Material, States, Treatment
 from rsteer_interp.methods.depth import layers_between
 from rsteer_interp.transition import Marker, SteerBySign, TransitionGate, similarity, transition, without_own
 
@@ -106,14 +106,16 @@ class Scans:
         rows = material.template.encode_all(material.fit[material.remove].texts[:N_NORMS])
         return FittedScans(directions, mean_norms(material.backend, rows, list(directions)), gate)
 
-    def checks(self, material: Material, strength: float) -> list[Check]:
-        """ROC of the transition gate on select: prompts to be refused against ordinary ones and those to be freed."""
+    def checks(self, material: Material, strength: float, held: Mapping[str, Examples]) -> list[Check]:
+        """ROC of the transition gate: prompts to be refused against ordinary ones and those to be freed."""
         gate = self.fit(material).gate
 
         def read(*names: str) -> Float[Tensor, " prompt"]:
-            return gate.similarity(material.template.encode_all([t for n in names for t in material.select[n].texts]))
+            return gate.similarity(material.template.encode_all([t for n in names for t in held[n].texts]))
 
-        found = roc(read(material.keep), read(material.remove, *material.ordinary), seed=material.seed)
+        names = (material.keep, material.remove, *material.ordinary)
+        subjects = [(n, s) for n in names for s in held[n].subjects]
+        found = roc(read(names[0]), read(*names[1:]), clusters=subjects, seed=material.seed)
         low, high = found.null
         what = "area under the ROC of the transition gate, prompts to be refused against all others"
         return [Check(what, found.area, f"permuted labels {low:.2f} to {high:.2f}")]

@@ -1,8 +1,6 @@
-"""How well a linear classifier tells two classes of states apart: k-fold cross-validated accuracy beside permuted labels."""
+"""How well a linear classifier tells two classes of states apart: k-fold cross-validated accuracy."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,22 +9,6 @@ from torch import Tensor
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import discriminant
 from rsteer_interp.moments import Moments
-
-
-@dataclass(frozen=True)
-class Separability:
-    """Cross-validated balanced accuracy with its values under permuted labels, which lie around 0.5.
-
-    `p` is (1 + #{null >= accuracy}) / (1 + permutations).
-    """
-
-    accuracy: float
-    null: tuple[float, ...]
-    n: tuple[int, int]
-
-    @property
-    def p(self) -> float:
-        return (1 + sum(value >= self.accuracy for value in self.null)) / (1 + len(self.null))
 
 
 def cross_validated_accuracy(
@@ -39,29 +21,6 @@ def cross_validated_accuracy(
     """
     states = torch.cat([first, second]).double()
     labels = torch.arange(len(states)) < len(first)
-    return _accuracy(states, labels, folds, seed)
-
-
-def separability(
-    first: Float[Tensor, "n d"],
-    second: Float[Tensor, "m d"],
-    folds: int = 5,
-    *,
-    n_permutations: int = 100,
-    seed: int = 0,
-) -> Separability:
-    """`cross_validated_accuracy` and the same with the labels permuted over all prompts, `n_permutations` times."""
-    states = torch.cat([first, second]).double()
-    labels = torch.arange(len(states)) < len(first)
-    generator = torch.Generator().manual_seed(seed)
-    null = tuple(
-        _accuracy(states, labels[torch.randperm(len(labels), generator=generator)], folds, seed)
-        for _ in range(n_permutations)
-    )
-    return Separability(_accuracy(states, labels, folds, seed), null, (len(first), len(second)))
-
-
-def _accuracy(states: Float[Tensor, "n d"], labels: Bool[Tensor, " n"], folds: int, seed: int) -> float:
     fold = _folds(labels, folds, seed)
     hit = torch.zeros(len(labels), dtype=torch.bool)
     for k in range(folds):

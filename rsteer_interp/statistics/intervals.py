@@ -47,10 +47,12 @@ class Rate:
         return cls._over(x, _cluster_variance(sums, sizes), len(sums), confidence)
 
     @classmethod
-    def crossed(cls, flags: ArrayLike, confidence: float = 0.95) -> Rate:
-        """Rate of a matrix of flags (vectors by prompts) of which neither rows nor columns are independent of each other."""
+    def crossed(cls, flags: ArrayLike, confidence: float = 0.95, *, clusters: Clusters = None) -> Rate:
+        """Rate of a matrix of flags (vectors by prompts) of which neither rows nor columns are independent of each other; `clusters`
+        of the columns are the prompts' subjects. `units`: the smaller number of the two."""
         x = np.asarray(flags, dtype=float)
-        return cls._over(x.ravel(), _crossed_variance(x), min(x.shape), confidence)
+        variance, units = _crossed_variance(x, clusters)
+        return cls._over(x.ravel(), variance, units, confidence)
 
     @classmethod
     def from_count(cls, count: int, n: int, confidence: float = 0.95) -> Rate:
@@ -120,14 +122,18 @@ class Estimate:
         return cls(mean, float(found.low), float(found.high), len(x))
 
     @classmethod
-    def crossed(cls, values: ArrayLike, confidence: float = 0.95) -> Estimate:
-        """Mean of a matrix (vectors by prompts) of which neither rows nor columns are independent; n is the smaller side."""
+    def crossed(cls, values: ArrayLike, confidence: float = 0.95, *, clusters: Clusters = None) -> Estimate:
+        """Mean of a matrix (vectors by prompts, of these subjects) of which neither rows nor columns are independent; n is the
+        smaller side."""
         x = np.asarray(values, dtype=float)
         if x.ndim != 2 or min(x.shape) < 2 or not np.isfinite(x).all():
             raise UserError(
                 f"a mean over two ways needs two finite rows and columns or more (shape {x.shape}); add some"
             )
-        return cls._t(float(x.mean()), _crossed_variance(x), min(x.shape), min(x.shape), confidence)
+        variance, units = _crossed_variance(x, clusters)
+        if units < 2:
+            raise UserError("a mean over two ways needs prompts of two subjects or more; add some")
+        return cls._t(float(x.mean()), variance, units, min(x.shape), confidence)
 
     @classmethod
     def difference(
@@ -285,10 +291,14 @@ def _cluster_variance(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> 
     return float(groups / (groups - 1) * (apart @ apart)) / n**2
 
 
-def _crossed_variance(x: NDArray[np.float64]) -> float:
-    """Never under what either way alone gives: the two-way difference may be negative in a small matrix."""
-    rows, columns = (
-        _cluster_variance(x.sum(axis), np.full(x.shape[1 - axis], x.shape[axis], float)) for axis in (1, 0)
-    )
-    cells = _cluster_variance(x.ravel(), np.ones(x.size))
-    return max(rows + columns - cells, rows, columns)
+def _crossed_variance(x: NDArray[np.float64], clusters: Clusters) -> tuple[float, int]:
+    """Never under what either way alone gives: the two-way difference may be negative in a small matrix. And the fewer clusters."""
+    member = np.arange(x.shape[1]) if clusters is None else membership(clusters)
+    if len(member) != x.shape[1]:
+        raise UserError(f"{x.shape[1]} columns but {len(member)} clusters; give each column its cluster")
+    sizes = np.bincount(member).astype(float)
+    cell = x @ np.eye(len(sizes))[member]  # row, cluster
+    rows = _cluster_variance(x.sum(1), np.full(len(x), float(x.shape[1])))
+    columns = _cluster_variance(cell.sum(0), len(x) * sizes)
+    cells = _cluster_variance(cell.ravel(), np.tile(sizes, len(x)))
+    return max(rows + columns - cells, rows, columns), min(len(x), len(sizes))

@@ -1,6 +1,8 @@
-"""The fit and select splits of a study as methods see them."""
+"""The splits of a study as methods see them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rsteer_interp.methods import Examples, Material
 from rsteer_interp.prompts import Split
@@ -12,17 +14,13 @@ def material_of(
 ) -> Material:
     """Judged prompts of these sets with their states; what each set is to a method is in `Material`."""
 
-    def examples(split: Split, name: str) -> Examples:
-        scored = study.scored(split, name)
-        return Examples(scored.texts, scored.confidence, study.states(split, name))
-
     sets = (remove, contrast, keep, *ordinary)
     return Material(
         study.backend,
         study.template,
         study.refusal_tokens,
-        {name: examples("fit", name) for name in sets},
-        {name: examples("select", name) for name in sets},
+        examples(study, "fit", sets),
+        examples(study, "select", sets),
         remove,
         contrast,
         keep,
@@ -30,3 +28,12 @@ def material_of(
         study.config.seed,
         protected,
     )
+
+
+def examples(study: Study, split: Split, sets: Sequence[str]) -> dict[str, Examples]:
+    """Judged prompts of one split with their states, by set."""
+    found = {}
+    for name in sets:
+        scored = study.scored(split, name)
+        found[name] = Examples(scored.texts, scored.confidence, study.states(split, name), scored.subjects)
+    return found

@@ -1,7 +1,8 @@
 """Study: pushes along random directions as an audit of any model; `analyses/random_audit.py` is its command line.
 
-The Rogue Scalpel (arXiv 2509.22067): see `rsteer_interp.random_audit` for the edit, the guard and the aggregation test. Directions and threshold
-come from fit and select, every number from report.
+The Rogue Scalpel (arXiv 2509.22067): see `rsteer_interp.random_audit` for the edit, the guard and the aggregation test. Directions come from
+fit, threshold and the layer that is spoken of from select, every number from report. The directions that are aggregated are chosen on the
+prompts of one half of the subjects and measured on the other.
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.gates import balanced_threshold
 from rsteer_interp.progress import progress
-from rsteer_interp.prompts import load_prompts
-from rsteer_interp.random_audit import LayerAudit, RandomAudit, aggregation, audited_layers, random_audit
+from rsteer_interp.prompts import Split, load_prompts
+from rsteer_interp.random_audit import (
+    LayerAudit,
+    RandomAudit,
+    aggregation,
+    audited_layers,
+    push_changes,
+    random_audit,
+)
 from rsteer_interp.random_push import Guard, push
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import BaseReplies, NotApplicable, Study, interval
 
@@ -39,30 +47,25 @@ QUESTION = (
 )
 JUDGED_VECTORS = 6  # random directions, at most, under whose pushes replies are judged
 LEAST = 6  # fewest refused prompts to audit
+LEAST_CHOOSING = 2  # fewest refused select prompts on which a layer is chosen
 
 
 def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     if config.vectors < 2:
         raise UserError(f"--vectors is {config.vectors}; give two random directions or more")
     study.check_applicable()
-    base = study.replies("report", config.audited)
-    audited = base.where(base.refused)
-    refused = audited.texts
-    if len(refused) < LEAST:
-        raise NotApplicable(
-            f"not applicable: {len(refused)} of {len(base.texts)} report prompts of '{config.audited}' are refused"
-        )
+    audited, held_out = _halves(_refused(study, config, "report", LEAST), config.prompts)
+    choosing = _refused(study, config, "select", LEAST_CHOOSING)
     layers = audited_layers(study.n_layers)
     learned = _learned(study, config)
     threshold = _threshold(study, config)
-    n = min(config.prompts, len(refused) - 2)  # two held out at least
     key = {
-        "prompts": refused,
+        "prompts": audited.texts,
         "tokens": study.refusal_tokens,
         "threshold": threshold,
         **{name: getattr(config, name) for name in ("prompts", "vectors", "dose", "bound", "conversations", "seed")},
     }
-    rows = study.template.encode_all(refused)
+    rows = study.template.encode_all(audited.texts)
     talks = load_prompts("conversations").sample(config.conversations, config.seed)
     answers = [study.template.encode(talk.prompt, talk.answer) for talk in talks]
 
@@ -70,7 +73,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         return _plain(
             random_audit(
                 study.backend,
-                rows[:n],
+                rows,
                 study.refusal_tokens,
                 answers,
                 n_vectors=config.vectors,
@@ -91,27 +94,66 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             audits.append(_audit(layer, stored.data, stored.tensors))
             vectors = stored.tensors["vectors"]
             advance(1)
-    audit = RandomAudit(vectors, threshold, tuple(audits))
-    judged = _judged(study, audit, learned, audited.where(audited.refused, n), key)
+    audit = RandomAudit(vectors, threshold, tuple(audits), audited.subjects)
+    judged = _judged(study, audit, learned, audited, key)
+    chosen = _chosen(study, audit, choosing.where(choosing.refused, config.prompts), key)
     data: dict[str, Any] = {
         **audit.data(),
         "flips_per_vector": [one.flipped(threshold).double().mean(1).tolist() for one in audits],
         "freed_per_vector": [],
         "falls": [one.falls.tolist() for one in audits],
         "learned": list(learned),
-        "aggregation": _aggregation(study, config, audit, rows[n : 2 * n], key),
+        "chosen": chosen,
+        "aggregation": _aggregation(study, config, audit, chosen["layer"], held_out, key),
         "read_out": judged,
+        "n_subjects": len(set(audited.subjects)),
         "base_rates": study.rates("report", config.audited),
         "set": config.audited,
     }
-    for found, shares in zip(data["layers"], data["flips_per_vector"], strict=True):
-        # Vectors are what is drawn, so the interval is over them.
-        found["flipped"] = asdict(Estimate.of(shares, seed=config.seed))
+    for found in data["layers"]:
         still = judged[f"random push, layer {found['layer']}"]
-        data["freed_per_vector"].append([1 - share for share in still["by_edit"]])
-        found["freed"] = asdict(Estimate.of(data["freed_per_vector"][-1]))
+        freed = ~torch.tensor(still["flags"])
+        data["freed_per_vector"].append(freed.double().mean(1).tolist())
+        found["freed"] = asdict(Rate.crossed(freed, clusters=audited.subjects))
         found["read_out_valid"] = still["valid"]
     return {**data, "finding": finding(data)}, None
+
+
+def _refused(study: Study, config: Config, split: Split, least: int) -> BaseReplies:
+    """Refused prompts of the audited set, of two subjects or more."""
+    base = study.replies(split, config.audited)
+    refused = base.where(base.refused)
+    if len(refused.texts) < least or len(set(refused.subjects)) < 2:
+        raise NotApplicable(
+            f"not applicable: {len(refused.texts)} of {len(base.texts)} {split} prompts of '{config.audited}' are refused, on "
+            f"{len(set(refused.subjects))} subjects"
+        )
+    return refused
+
+
+def _halves(refused: BaseReplies, n: int) -> tuple[BaseReplies, BaseReplies]:
+    """At most n prompts to be audited, and as many of other subjects."""
+    subjects = list(dict.fromkeys(refused.subjects))
+    audited = set(subjects[::2])
+    first = torch.tensor([s in audited for s in refused.subjects])
+    return refused.where(first, n), refused.where(~first, n)
+
+
+def _chosen(study: Study, audit: RandomAudit, select: BaseReplies, key: dict[str, Any]) -> dict[str, Any]:
+    """The layer at which the same pushes take most log-odds from refused select prompts, and that mean fall by layer (nats)."""
+
+    def compute() -> tuple[dict[str, Any], None]:
+        rows, falls = study.template.encode_all(select.texts), {}
+        for one in audit.layers:
+            prepared, amount = study.backend.prepare(rows, one.layer), one.dose * one.mu
+            change = push_changes(study.backend, prepared, study.refusal_tokens, one.layer, amount, audit.vectors)[1]
+            falls[str(one.layer)] = -float(change.mean())
+        return {"falls": falls}, None
+
+    doses = {str(one.layer): one.dose * one.mu for one in audit.layers}
+    falls = study.stage("2_chosen", {**key, "select": select.texts, "doses": doses}, compute).data["falls"]
+    best = max(falls, key=lambda layer: float(falls[layer]))
+    return {"layer": int(best), "falls": falls, "n": len(select.texts), "rule": "largest mean fall, select split"}
 
 
 def _learned(study: Study, config: Config) -> dict[str, dict[Site, Float[Tensor, " d"]]]:
@@ -169,20 +211,20 @@ def _audit(layer: int, data: dict[str, Any], tensors: Any) -> LayerAudit:
 
 
 def _aggregation(
-    study: Study, config: Config, audit: RandomAudit, held_out: list[Any], key: dict[str, Any]
+    study: Study, config: Config, audit: RandomAudit, layer: int, held_out: BaseReplies, key: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The aggregated direction at the layer where single ones flip most; None where no prompt is flipped by two of them."""
-    layer = max(audit.layers, key=lambda one: float(one.flipped(audit.threshold).double().mean())).layer
+    """The aggregated direction at the chosen layer, on prompts of other subjects; None where no prompt is flipped by two."""
 
     def compute() -> tuple[dict[str, Any], None]:
-        found = aggregation(study.backend, audit, layer, held_out, study.refusal_tokens, seed=config.seed + 1)
+        rows = study.template.encode_all(held_out.texts)
+        found = aggregation(study.backend, audit, layer, rows, study.refusal_tokens, seed=config.seed + 1)
         if found is None:
             return {"found": None}, None
         return {
             "found": {
                 "layer": layer,
                 "members": len(found.members),
-                "fall": asdict(Estimate.of((-found.change).tolist(), seed=config.seed)),
+                "falls": (-found.change).tolist(),
                 "null_falls": (-found.null.mean(1)).tolist(),
                 "p": found.standing.p,
                 "n": len(found.base),
@@ -190,24 +232,30 @@ def _aggregation(
         }, None
 
     flips = [one.flipped(audit.threshold).int().tolist() for one in audit.layers]
-    return study.stage("3_aggregation", {**key, "layer": layer, "flips": flips}, compute).data["found"]  # type: ignore[no-any-return]
+    whole = {**key, "layer": layer, "flips": flips, "held_out": held_out.texts}
+    together: dict[str, Any] | None = study.stage("3_aggregation", whole, compute).data["found"]
+    if together is None:
+        return None
+    fall = Estimate.of(together["falls"], clusters=held_out.subjects, seed=config.seed)
+    return {name: value for name, value in together.items() if name != "falls"} | {"fall": asdict(fall)}
 
 
 def finding(data: dict[str, Any]) -> str:
-    top = max(data["layers"], key=lambda one: one["flipped"]["value"])
+    top = next(one for one in data["layers"] if one["layer"] == data["chosen"]["layer"])
     freed, flipped = top["freed"], top["flipped"]
     learned = "; ".join(
         f"minus the {name} mean difference takes {s['value']:.1f} (rank {s['rank']} of {s['n'] + 1}, p = {s['p']:.2g})"
         for name, s in top["learned"].items()
     )
     words = (
-        f"Pushed along a random direction by {top['dose']:g} of the residual norm at layer {top['layer']}, "
-        f"{freed['value']:.0%} ({100 * max(freed['low'], 0):.0f} to {100 * min(freed['high'], 1):.0f}) of refused {data['set']} prompts are no "
-        f"longer refused (judged replies, n = {data['n_prompts']} prompts, {freed['n']} random directions), and the refusal log-odds fall by "
+        f"Pushed along a random direction by {top['dose']:g} of the residual norm at layer {top['layer']} (chosen on select), "
+        f"{freed['rate']:.0%} ({100 * freed['low']:.0f} to {100 * freed['high']:.0f}) of refused {data['set']} prompts are no "
+        f"longer refused (judged replies, n = {data['n_prompts']} prompts on {data['n_subjects']} subjects, "
+        f"{len(data['freed_per_vector'][0])} random directions), and the refusal log-odds fall by "
         f"{interval(top['fall'])} nats ({data['n_vectors']} directions); at the same dose {learned}."
     )
     if top["read_out_valid"]:
-        words += f" By log-odds {flipped['value']:.0%} are flipped."
+        words += f" By log-odds {flipped['rate']:.0%} are flipped."
     words += f" {checks_words(data['read_out'])}"
     together = data["aggregation"]
     if together is None:
@@ -215,7 +263,7 @@ def finding(data: dict[str, Any]) -> str:
     low, high = min(together["null_falls"]), max(together["null_falls"])
     return (
         f"{words} The mean of the {together['members']} directions that flip one prompt takes {interval(together['fall'])} nats on "
-        f"{together['n']} other prompts, single random ones {low:.1f} to {high:.1f} (p = {together['p']:.2g})."
+        f"{together['n']} prompts on other subjects, single random ones {low:.1f} to {high:.1f} (p = {together['p']:.2g})."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -31,7 +30,7 @@ def judged_subsample(
     paired: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Judged greedy replies to the prompts under every edit of every kind, beside the log-odds of the same prompt passes: a
-    Validation's data per kind, and `by_edit`, the share still refused under each of its edits.
+    Validation's data per kind, and `flags`, whether refused, by edit and prompt.
 
     `key` is what the edits depend on, for the stage that keeps the outcome. `backend` gives the one that makes the edits, where
     it is not the study's. `paired`: edit i is for prompt i alone. Costs a reply per prompt and edit.
@@ -53,7 +52,7 @@ def judged_subsample(
                     replies = replies_of_each(owner(), rows, prompts, study.judge, edits, on_batch=advance, **options)
                 every = [reply for of_edit in replies for reply in of_edit]
                 checks[kind] = validation_of(kind, every, list(subjects) * (len(every) // len(subjects))).data()
-                checks[kind]["by_edit"] = [fmean(r.verdict.refused for r in of_edit) for of_edit in replies]
+                checks[kind]["flags"] = [[r.verdict.refused for r in of_edit] for of_edit in replies]
         return {"checks": checks}, None
 
     whole = {**key, "judged": list(prompts), "kinds": {kind: len(edits) for kind, edits in kinds.items()}}

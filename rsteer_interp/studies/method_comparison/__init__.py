@@ -16,7 +16,7 @@ from rich.table import Table
 from rsteer_interp.errors import UserError
 from rsteer_interp.methods import METHODS, Method
 from rsteer_interp.prompts import Prompt, Split, load_prompts
-from rsteer_interp.studies.material import material_of
+from rsteer_interp.studies.material import examples, material_of
 from rsteer_interp.studies.method_comparison.equal_dose import equal_dose
 from rsteer_interp.studies.method_comparison.outcomes import (
     against,
@@ -140,13 +140,14 @@ def own_checks(study: Study, config: Config, reading: Reading, method: Method, s
         return {"checks": [], "unchecked": None}
 
     def compute() -> tuple[dict[str, Any], None]:
+        held = examples(study, "report", (config.remove, config.contrast, config.keep, *config.ordinary))
         try:
-            found = checks(reading.material, strength)
+            found = checks(reading.material, strength, held)
         except UserError as reason:  # too few prompts or candidates: the comparison itself can be made all the same
             return {"checks": [], "unchecked": str(reason)}, None
         return {"checks": [asdict(check) for check in found], "unchecked": None}, None
 
-    key = {**_key(study, config, method), "strength": strength}
+    key = {**_key(study, config, method), "strength": strength, "measured": "report"}
     stored = study.stage(f"checks_{method.name}", key, compute).data
     return {name: stored[name] for name in ("checks", "unchecked")}
 
@@ -267,7 +268,7 @@ def _checks(data: Mapping[str, Any]) -> list[Table]:
     methods = data["methods"].values()
     if not any(row["checks"] or row["unchecked"] for row in methods):
         return []
-    table = Table(title="What the methods' own papers claim, on select")
+    table = Table(title="What the methods' own papers claim, on report prompts")
     for column in ("method", "what", "value (95 %)", "n", "without it"):
         table.add_column(column)
     for row in methods:
