@@ -114,6 +114,7 @@ def frontier(
         "unit": [unit[s] for s in sites],
         "vectors": {name: digest({s: v[s] for s in sites}) for name, v in families.items()},
         "references": digest({s: references[s] for s in sites}),
+        "rotations": RANDOM,
         "seed": config.seed,
     }
     tensors = study.stage("4_frontier", key, compute).tensors
