@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from rsteer_interp.interventions import Affine, AtPositions, Everywhere, ablate,
 from rsteer_interp.methods.alphasteer import LastTokenShift, LinearGate
 from rsteer_interp.methods.cast import KeepNorm
 from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.reproduction.finder import NULL_DRAWS, null_edits
 from rsteer_interp.soft_prompt import SoftPrompt
 from tests.pushes import Spy, equal_dose, pushes
+from tests.test_vector_formats import some
 from tests.tiny_models import D_MODEL, KINDS, Kind, answered_rows, draw, tiny_backend, tiny_rows
 
 SITES = (Site(1), Site(1, "attn_out"), Site(2), Site(2, "mlp_out"), Site(3))
@@ -78,8 +81,8 @@ def test_a_null_is_of_equal_dose_at_every_state_and_in_the_sum(name: str, kind: 
     turned = torch.cat([torch.cat(list(x.values())) for x in found])
     assert float((turned[: len(turned) // 2] - turned[len(turned) // 2 :]).norm() / turned.norm()) > 0.5
     # One row alone, which shares no prefix, given answers, and all of it as settings of one batch.
-    for some in (rows[:1], answered_rows(backend)):
-        alone, null = pushes(backend, some, edit, nulls[0])
+    for part in (rows[:1], answered_rows(backend)):
+        alone, null = pushes(backend, part, edit, nulls[0])
         assert equal_dose(alone, null)
     spies = [Spy(each) for each in (edit, *nulls)]
     batch = backend.batch(repeated(rows, 4))
@@ -255,3 +258,19 @@ def test_what_cannot_be_turned_is_said() -> None:
     assert isinstance(null, Rotated)
     with pytest.raises(UserError, match="to a backend itself"):
         log_odds(backend, rows, (5,), AtPositions(null))
+
+
+@pytest.mark.parametrize("reposition", [False, True])
+def test_the_finders_null_is_of_equal_dose_in_the_sum_for_either_update(reposition: bool) -> None:
+    backend = tiny_backend("llama")
+    steering = replace(some(sites=(Site(1), Site(2), Site(3))), reposition=reposition)
+    agreeing = torch.nn.functional.normalize(steering.directions + 2 * steering.directions.mean(0), dim=1)
+    steering = replace(steering, directions=agreeing)
+    context: Any = SimpleNamespace(backend=backend, seed=0)
+    edit = steering.edit()
+    assert edit is not None
+    nulls = null_edits(context, edit)
+    assert len(nulls) == NULL_DRAWS >= 19  # a p of 0.05 can be reached
+    own, *found = pushes(backend, tiny_rows(backend), edit, *nulls[:3])  # type: ignore[list-item]
+    assert all(equal_dose(own, null) for null in found)
+    assert null_edits(context, None) == [None] * NULL_DRAWS

@@ -132,7 +132,7 @@ def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[
     """The unsteered point, then those of the reference's edit turned by one random rotation for all its sites."""
 
     def compute() -> tuple[dict[str, Any], None]:
-        edits: list[Edit | None] = [None, *_nulls(context, reference.edit())]
+        edits: list[Edit | None] = [None, *null_edits(context, reference.edit())]
         with progress("random directions", 2) as advance:
             political = screen.odds(screen.political, edits)
             advance(1)
@@ -150,7 +150,7 @@ def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[
     return points
 
 
-def _nulls(context: Context, edit: Edit | None) -> list[Edit | None]:
+def null_edits(context: Context, edit: Edit | None) -> list[Edit | None]:
     """No edit's null is no edit."""
     if edit is None:
         return [None] * NULL_DRAWS
