@@ -52,8 +52,8 @@ class Config:
     """Prompts of each set on which the checkpoint is measured."""
     conversations: int = 12
     """Benign conversations for the KL."""
-    random: int = 8
-    """Random directions of each null."""
+    random: int = 20
+    """Random directions of each null: p can be no smaller than 1 / (1 + random)."""
     kl_limit: float = 0.1
     """The sweep takes the direction, read in the first 80 % of the layers, that leaves the least refusal with a KL (nats per token) up to this."""
     sweep_only: bool = False

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +40,7 @@ from rsteer_interp.prompts import Split, load_prompts
 from rsteer_interp.reader import validation_of
 from rsteer_interp.refusal_scores import Reply
 from rsteer_interp.results import Provenance, save_result
+from rsteer_interp.statistics.draws import Beside
 from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.vector_controls import opening_token_ids
 from rsteer_interp.vector_formats import load_vectors
@@ -266,12 +266,11 @@ def _cell(e: Estimate) -> str:
 
 
 def _against_null(best: Candidate, effect: Estimate, equal: Sequence[float]) -> str:
-    spread = float(np.std(equal, ddof=1))
-    z = (effect.value - float(np.mean(equal))) / spread if spread > 0 else 0.0
-    beaten = sum(abs(x) < abs(effect.value) for x in equal)
+    beside = Beside.of(effect.value, equal)
+    low, high = beside.band
     return (
-        f"Chosen: {best.name} (layer {best.layer}). Change {effect}; the same dose along random directions: "
-        f"{min(equal):.2f} to {max(equal):.2f} (z = {z:.1f}, larger than {beaten} of {len(equal)})."
+        f"Chosen: {best.name} (layer {best.layer}). Change {effect}; the same dose along {len(equal)} random directions: "
+        f"{low:.2f} to {high:.2f} (z = {beside.z:.1f}, p = {beside.p():.2g}, at least {beside.least_p:.2g})."
     )
 
 

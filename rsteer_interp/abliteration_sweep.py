@@ -20,13 +20,14 @@ from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.backends.hooks import find_blocks
 from rsteer_interp.batch import Tokens
 from rsteer_interp.directions import Evidence, MeanDifference, fit_directions
+from rsteer_interp.equal_norm import turned_edits
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import answer_effects, log_odds
-from rsteer_interp.interventions import AblateSubspace, Everywhere
+from rsteer_interp.evaluation import answer_effects, log_odds, log_odds_of_each
 from rsteer_interp.judges.base import Judge
 from rsteer_interp.prompts import Prompt
 from rsteer_interp.refusal_scores import Reply, replies_of_each
 from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.weight_edit import writer_ablation
 
 DEEPEST = 0.8  # a direction read at or below this share of the depth is not chosen
 
@@ -161,10 +162,11 @@ def equal_dose_null(
     prompts: Prompts,
     name: str,
 ) -> list[float]:
-    """Mean changes under h - scale <h, r> u for random unit u: every state is moved as far as by the ablation of r."""
-    unit = (direction.double() / direction.double().norm())[None]
-    nulls = [Everywhere({site: AblateSubspace(site, unit, u[None], scale) for site in sites}) for u in randoms.double()]
-    return [mean_change(backend, null, prompts, name) for null in nulls]
+    """Mean changes where every state is moved as far as the ablation of r moves it, but along random unit vectors."""
+    ablation = writer_ablation(direction, sites, scale)
+    nulls = turned_edits(ablation, backend.run, direction[None], list(randoms[:, None]))
+    after = log_odds_of_each(backend, prompts.rows[name], prompts.token_ids, nulls)
+    return [float(change) for change in (after - prompts.base[name]).mean(1)]
 
 
 def mean_change(backend: Backend, edit: Edit, prompts: Prompts, name: str) -> float:

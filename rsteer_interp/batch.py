@@ -72,9 +72,12 @@ class Start:
         return Start(self.layer, states, self.prefix[:, :shared])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Left-padded rows of token ids with mask, position ids and span ends (as position ids, so padding-free)."""
+    """Left-padded rows of token ids with mask, position ids and span ends (as position ids, so padding-free).
+
+    A batch is equal to itself alone; `rows` are its content.
+    """
 
     ids: Int[Tensor, "row pos"]
     mask: Bool[Tensor, "row pos"]

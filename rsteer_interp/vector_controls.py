@@ -1,7 +1,7 @@
 """The controls of a steering configuration, wherever it comes from: its dose, its effect beside random edits, its side effects.
 
 effect = mean change of the first-token refusal log-odds of prompts, in nats; refused = share by judged replies
-null   = the same for edits that move every state as far, at the same sites and positions, along random directions
+null   = the same for the edit turned by one random rotation for all sites (see `equal_norm`)
 dose   = |edit| / |resid|;  side effect = KL(base || steered) per token of benign answers
 """
 
@@ -11,30 +11,29 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.equal_norm import Redirected
+from rsteer_interp.equal_norm import rotated_edits
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, log_odds_of_each
 from rsteer_interp.judges.base import Judge
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.prompts import Prompt
 from rsteer_interp.reader import Validation, validation_of
 from rsteer_interp.refusal_scores import replies_of_each
+from rsteer_interp.statistics.draws import Beside
 from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.steering import Steering
 
 
 @dataclass(frozen=True)
 class Controls:
-    """What stands beside a steering configuration. Log-odds in nats; `z` and `p` compare the effect with the null's edits.
+    """What stands beside a steering configuration. Log-odds in nats; z and two-sided p of the effect among its null's (`beside`).
 
-    p = (1 + #{|null| >= |effect|}) / (1 + N), two-sided. `as_stated`: whether the effect has the sign that the configuration's
-    amounts state (towards refusal up, away from it down); None where the amounts have both signs. `refused` before and after is by
-    judged replies, and `read_out` says how well log-odds tell those under this configuration.
+    `as_stated`: whether the effect has the sign that the configuration's amounts state (towards refusal up, away from it down);
+    None where the amounts have both signs. `refused` before and after is by judged replies, and `read_out` says how well log-odds
+    tell those under this configuration.
     """
 
     dose: float
@@ -47,14 +46,8 @@ class Controls:
     towards_refusal: bool | None = None
 
     @property
-    def z(self) -> float:
-        spread = float(np.std(self.null, ddof=1))
-        return (self.effect.value - float(np.mean(self.null))) / spread if spread > 0 else 0.0
-
-    @property
-    def p(self) -> float:
-        reached = sum(abs(x) >= abs(self.effect.value) for x in self.null)
-        return (1 + reached) / (1 + len(self.null))
+    def beside(self) -> Beside:
+        return Beside.of(self.effect.value, self.null)
 
     @property
     def as_stated(self) -> bool | None:
@@ -62,11 +55,13 @@ class Controls:
 
     def record(self) -> dict[str, Any]:
         """Everything as plain values."""
-        plain = {"z": self.z, "p": self.p, "as_stated": self.as_stated, "read_out": self.read_out.data()}
-        return asdict(self) | plain
+        beside = self.beside
+        plain = {"z": beside.z, "p": beside.p(), "least_p": beside.least_p, "as_stated": self.as_stated}
+        return asdict(self) | plain | {"read_out": self.read_out.data()}
 
     def table(self) -> Table:
-        low, high = np.quantile(self.null, [0.025, 0.975])
+        beside = self.beside
+        low, high = beside.band
         said = {True: "yes", False: "NO: its sign is the other way", None: "the amounts have both signs"}[
             self.as_stated
         ]
@@ -76,8 +71,8 @@ class Controls:
         table.add_row("dose, |edit| / |resid|", f"{self.dose:.3g}")
         table.add_row("refusal log-odds before (nats)", str(self.base))
         table.add_row("change of refusal log-odds (nats)", str(self.effect))
-        table.add_row(f"the same, {len(self.null)} random edits of equal norm", f"{low:.3g} to {high:.3g}")
-        table.add_row("z, two-sided p", f"{self.z:.2f}, {self.p:.3f}")
+        table.add_row(f"the same, {len(self.null)} random rotations of the edit", f"{low:.3g} to {high:.3g}")
+        table.add_row("z, two-sided p", f"{beside.z:.2f}, {beside.p():.3f} (at least {beside.least_p:.3f})")
         table.add_row("effect has the stated sign", said)
         table.add_row("refused before, after (judged)", f"{self.refused[0]}, {self.refused[1]}")
         valid = "" if self.read_out.valid else "; not validated as a measure of refusal"
@@ -98,18 +93,17 @@ def controls(
     tokens: int = 24,
     seed: int = 0,
 ) -> Controls:
-    """Controls on prompts that the model refuses and benign conversations, with `n_random` null edits and
-    judged replies of up to `tokens` tokens."""
+    """Controls on prompts that the model refuses and benign conversations, with `n_random` rotations of the edit and judged replies
+    of up to `tokens` tokens."""
     edit = steering.edit()
     if edit is None:
         raise UserError("this configuration adds nothing (alpha is 0), so there is nothing to check")
     if n_random < 2:
-        raise UserError(f"{n_random} random edits make no null; give two or more")
+        raise UserError(f"{n_random} random rotations make no null; give two or more")
     texts, subjects = [prompt.prompt for prompt in prompts], [prompt.subject for prompt in prompts]
     refused = backend.template().encode_all(texts)
     states = last_states(backend, refused, list(steering.sites))
-    draws = random_unit_vectors(n_random * steering.k, backend.d_model, seed).view(n_random, steering.k, -1)
-    nulls = [Redirected(edit, dict(zip(steering.sites, units, strict=True))) for units in draws]
+    nulls = rotated_edits(edit, backend.run, backend.d_model, n_random, seed)
     base, *moved = log_odds_of_each(backend, refused, token_ids, [None, edit, *nulls])
     effect, *null = (odds - base for odds in moved)
     before, after = replies_of_each(

@@ -17,7 +17,6 @@ from rsteer_interp.directions import (
     DirectionEstimator,
     Evidence,
     MeanDifference,
-    RandomDirection,
     RidgeMeanDifference,
     WeightedMeanDifference,
     WeightedRidgeMeanDifference,
@@ -46,11 +45,11 @@ FITTED: list[DirectionEstimator] = [
 LITERAL = WeightedRidgeMeanDifference(covariance="literal")
 WEIGHTED = [e for e in [*FITTED, LITERAL] if isinstance(e, WeightedMeanDifference | WeightedRidgeMeanDifference)]
 ROWS_NEEDED = [e for e in FITTED if getattr(e, "shrinkage", "none") != "none" or getattr(e, "penalty", 0) == "left_out"]
-MOMENTS_ENOUGH = [e for e in [*FITTED, LITERAL, RandomDirection()] if e not in ROWS_NEEDED]
+MOMENTS_ENOUGH = [e for e in [*FITTED, LITERAL] if e not in ROWS_NEEDED]
 PLAIN_RIDGE = (RidgeMeanDifference, WeightedRidgeMeanDifference)
 
 
-@pytest.mark.parametrize("estimator", [*FITTED, LITERAL, RandomDirection()], ids=repr)
+@pytest.mark.parametrize("estimator", [*FITTED, LITERAL], ids=repr)
 def test_every_estimator_keeps_the_contract(estimator: DirectionEstimator) -> None:
     assert isinstance(estimator, DirectionEstimator)
     evidence = planted(80, 12, 0)[0]
@@ -234,17 +233,7 @@ def test_the_checks_catch_seeded_faults(fault: DirectionEstimator, check: object
         check(fault)  # type: ignore[operator]
 
 
-# -- the null estimator, evidence and errors -----------------------------------------------------------------------
-
-
-def test_random_direction_is_seeded_by_site_and_as_long_as_the_mean_difference() -> None:
-    h, c = planted(60, 200, 0)[0].states, planted(60, 200, 0)[0].scores
-    here, there = (Evidence(h, c, site=Site(layer)) for layer in (1, 2))
-    first = RandomDirection(seed=4).fit(here)
-    assert torch.equal(first, RandomDirection(seed=4).fit(here.summary()))
-    assert float(first.norm()) == pytest.approx(float(MeanDifference().fit(here).norm()))
-    for other in (RandomDirection(seed=4).fit(there), RandomDirection(seed=5).fit(here), MeanDifference().fit(here)):
-        assert abs(cosine(first, other)) < 5 / math.sqrt(200)
+# -- evidence and errors -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("neutral", [0, MIN_NEUTRAL - 1, MIN_NEUTRAL])

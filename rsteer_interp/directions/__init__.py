@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from rsteer_interp.directions.base import Direction, DirectionEstimator, fit_directions, is_weighted
 from rsteer_interp.directions.evidence import CannotFit, Evidence
 from rsteer_interp.directions.mean_difference import MeanDifference, PlainWeightedMeanDifference, WeightedMeanDifference
-from rsteer_interp.directions.random import RandomDirection
 from rsteer_interp.directions.ridge import RidgeMeanDifference, WeightedRidgeMeanDifference
 from rsteer_interp.directions.ridge_variants import (
     LedoitWolfRidge,
@@ -52,7 +51,6 @@ __all__ = [
     "DirectionEstimator",
     "Evidence",
     "MeanDifference",
-    "RandomDirection",
     "RidgeMeanDifference",
     "WeightedMeanDifference",
     "WeightedRidgeMeanDifference",

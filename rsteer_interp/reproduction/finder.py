@@ -18,8 +18,8 @@ from torch import Tensor
 from rsteer_interp.backends.each import Each, repeated
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.backends.sampling import Sampling
+from rsteer_interp.equal_norm import rotated_edits
 from rsteer_interp.evaluation import answer_log_probs
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Prompt
 from rsteer_interp.refusal_scores import confidence_of, reply_and_judge
@@ -32,7 +32,7 @@ from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.steering import Steering, make_steering
 
 UPDATES = (False, True)  # addition, reposition
-NULL_DRAWS = 6
+NULL_DRAWS = 19  # the smallest p that they can give is 1/20
 
 
 def settings(context: Context) -> list[Setting]:
@@ -175,15 +175,12 @@ def answer_shifts(context: Context, vectors: Vectors, edits: Mapping[Setting, Ed
 
 
 def random_cloud(context: Context, reference: Steering) -> dict[str, Any]:
-    """Refusal rates of select prompts as the model is, then under random unit vectors in place of the reference's directions: same
-    amounts, same sites."""
+    """Refusal rates of select prompts as the model is, then under the reference's edit turned by one random rotation for all its
+    sites."""
     prompts = {name: context.prompts("select", {name: context.preset.null}) for name in (POLITICAL, HARMFUL)}
 
     def compute() -> tuple[dict[str, Any], None]:
-        edits: list[Edit | None] = [None]
-        for draw in range(NULL_DRAWS):
-            units = random_unit_vectors(len(reference.sites), context.backend.d_model, context.seed + draw).float()
-            edits.append(Steering(**{**vars(reference), "directions": units, "reposition": False}).edit())
+        edits: list[Edit | None] = [None, *null_edits(context, reference.edit())]
         rates = {}
         for name, asked in prompts.items():
             subjects = [prompt.subject for prompt in asked]
@@ -195,6 +192,14 @@ def random_cloud(context: Context, reference: Steering) -> dict[str, Any]:
     key = {"steering": reference, "asked": prompts, "n": NULL_DRAWS}
     data = context.stage("3_finder_random", key, compute).data
     return {"base": data["base"], "random": data["random"]}
+
+
+def null_edits(context: Context, edit: Edit | None) -> list[Edit | None]:
+    """No edit's null is no edit."""
+    if edit is None:
+        return [None] * NULL_DRAWS
+    backend = context.backend
+    return [*rotated_edits(edit, backend.run, backend.d_model, NULL_DRAWS, context.seed)]
 
 
 def refused(context: Context, prompts: Sequence[Prompt], edits: Sequence[Edit | None], label: str) -> list[list[bool]]:

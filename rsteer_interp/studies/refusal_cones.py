@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rsteer_interp.backends.edits import Edit
-from rsteer_interp.methods.cones import Effects, Move, bypass_effects, fit_cones, sample_test
+from rsteer_interp.methods.cones import Effects, bypass_effects, fit_cones, sample_test
 from rsteer_interp.methods.independence import dependence, independent_direction
 from rsteer_interp.methods.rdo import RDO, RefusalLoss, ablation
 from rsteer_interp.nulls import random_unit_vectors
@@ -157,9 +157,8 @@ def _ablated(
     advance: Any,
 ) -> Ablated:
     random = random_unit_vectors(config.random, len(v), config.seed + 1).float()
-    moves: list[Move] = [(v, None), *((v, u) for u in random)]
-    own, *null = _effects(study, texts[config.remove])(moves)
-    (kept,) = _effects(study, texts[config.keep])(moves[:1])
+    own, *null = _effects(study, texts[config.remove])(v, random)
+    (kept,) = _effects(study, texts[config.keep])(v, random[:0])
     beside = Beside.of(float(own.mean()), [float(x.mean()) for x in null])
     advance(1)
     return Ablated(

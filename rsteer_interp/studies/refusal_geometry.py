@@ -63,9 +63,10 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
     site = study.sites[chosen]
     answered = members(kinds, scored["fit"])[1].any(0)
     seen = {s: x[answered] for s, x in states["fit"].items()}
-    random = random_directions(seen, config.random, config.seed)
-    prompts = {s: Prompts.refused(scored[s], columns, config.refusing) for s in ("select", "report")}
     rows = [k for k in kinds if k in columns or k.name in ("political_inside", "safety_inside")]
+    turns = max(2, -(-config.random // len(rows)))
+    random = random_directions(seen, max(config.random, turns * len(rows)), config.seed)
+    prompts = {s: Prompts.refused(scored[s], columns, config.refusing) for s in ("select", "report")}
     order = {k.name: i for i, k in enumerate(kinds)}
     own = {k.name: {s: units[s][order[k.name]].float() for s in study.sites} for k in rows}
     key = {**prompts, "directions": own, "random": random, "tokens": study.refusal_tokens}
@@ -73,6 +74,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
         study,
         own,
         random,
+        turns,
         prompts["select"],
         prompts["report"],
         config.dose,
@@ -217,7 +219,7 @@ def _independence(
     rows = study.template.encode_all(probed.texts)
 
     def ablated(source: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {}, shifts(study.backend, rows, source, some, gaps, random[source])
+        return {}, shifts(study.backend, rows, source, some, gaps, random[source][: config.random])
 
     found = []
     with progress("ablating, and reading later layers", len(sources)) as advance:

@@ -227,8 +227,11 @@ def tables(data: dict[str, Any]) -> list[Table]:
         "log-odds: ROC area",
     ):
         own_best.add_column(column)
+    n_draws = max(
+        (len(row["equal_dose"]["null_removed"]) for row in data["methods"].values() if row["equal_dose"]), default=0
+    )
     beside = Table(
-        title="Change of refusal rates; at matched removal, and of random moves of equal norm: removed, "
+        title=f"Change of refusal rates; at matched removal, and of {n_draws} random rotations of the edit: removed, "
         f"{names['keep']} kept; cost of fitting"
     )
     for column in ("method", *names["watch"], "matched", "kept", "random", "kept", "s", "prompts"):
