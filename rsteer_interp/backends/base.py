@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsteer_interp.backends.batching import Batching
-from rsteer_interp.backends.edits import At, Edit, Phase, Site, decide_ahead, leaves_prefix, rowwise
-from rsteer_interp.backends.finite import check_logits, check_states, check_steps
+from rsteer_interp.backends.edits import At, Edit, Phase, Site, compose, decide_ahead, leaves_prefix, rowwise
+from rsteer_interp.backends.finite import NotFinite, Reading, StatesNotFinite, check_logits, check_states, check_steps
 from rsteer_interp.backends.key_values import fill_blank, joined
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
@@ -42,6 +42,7 @@ class _Run:
     batch: Batch
     edit: Edit | None
     model: str  # its class, for messages
+    everywhere: bool = False  # look at every site for states that are not finite, not at the last alone
     memory: dict[Any, Any] = field(default_factory=dict)
 
     def hooks(
@@ -69,7 +70,7 @@ class _Run:
                 if out.shape != x.shape:
                     raise UserError(f"edit at {site} returned shape {tuple(out.shape)} for input {tuple(x.shape)}")
                 out = out.to(x.dtype)
-                if site == last:
+                if site == last or (self.everywhere and last is not None):
                     check_states(out, mask, site, self.model)
                 return out
 
@@ -186,8 +187,27 @@ class Backend(Batching):
         return _Run(batch, edit, type(self.model).__name__)
 
     def _prompt_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
-        """Logits, cache and mask after the prompt tokens; the prefix that all rows share is computed once where exact."""
+        """Logits, cache and mask after the prompt tokens. UserError for what is not finite, naming the first site if a
+        second pass that looks at every one finds it."""
         self.check_sites(run.edit)
+        try:
+            return self._one_pass(run, keep=keep, use_cache=use_cache)
+        except NotFinite as error:
+            if run.everywhere:
+                raise
+            stream = Reading(frozenset(Site(layer) for layer in range(self.n_layers + 1)))
+            again = _Run(run.batch, compose(run.edit, stream), run.model, everywhere=True)
+            first = error
+            try:
+                self._one_pass(again, keep=keep, use_cache=use_cache)
+            except StatesNotFinite as found:
+                first = found
+            except UserError:
+                pass  # no state is at fault, or an edit cannot be run twice
+            raise first from None
+
+    def _one_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
+        """The pass itself; the prefix that all rows share is computed once where exact."""
         decide_ahead(run.edit, run.batch, run.memory)
         batch = run.batch
         self.prompts_run += len(batch)
