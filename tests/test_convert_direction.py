@@ -59,8 +59,7 @@ def planted(backend: Backend, alpha: float) -> Steering:
 
 
 def measured(backend: Backend, steering: Steering, n_random: int = 8) -> Controls:
-    template = backend.template()
-    benign = [template.encode(p.prompt, p.answer) for p in load_prompts("conversations").sample(3, 0)]
+    benign = list(load_prompts("conversations").sample(3, 0))
     tokens = opening_token_ids(backend.tokenizer, ["i"])
     asked = [Prompt(prompt=text, subject=text) for text in texts("bomb")]
     return controls(backend, steering, asked, benign, tokens, OpeningJudge(), n_random=n_random, tokens=2)
