@@ -283,7 +283,7 @@ class ChatTemplate:
         """Hash of the tokenizer, without padding and truncation, which callers set and which are not used here."""
         whole = json.loads(self.tokenizer.backend_tokenizer.to_str())
         kept = {name: part for name, part in whole.items() if name not in ("padding", "truncation")}
-        return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(json.dumps(kept, sort_keys=True, allow_nan=False).encode(), digest_size=8).hexdigest()
 
 
 def _clock() -> str:

@@ -106,7 +106,7 @@ def test_the_equal_dose_null_moves_every_state_as_far_as_the_ablation_itself() -
     backend = tiny_backend("llama")
     rows, sites = tiny_rows(backend), writer_sites(N_LAYERS)
     r, *random = random_unit_vectors(4, D_MODEL, 0)
-    prompts = Prompts({}, {"set": rows}, {"set": log_odds(backend, rows, (5,))}, [], (5,))
+    prompts = Prompts({}, {"set": rows}, {"set": log_odds(backend, rows, (5,))}, [], (5,), [])
     spy = Spy(writer_ablation(r.float(), sites, 1.2))
     log_odds(backend, rows, (5,), spy)
 

@@ -16,8 +16,9 @@ from analyses.apply_steering import Config as ApplyConfig
 from analyses.apply_steering import run as apply_run
 from analyses.reproduce import Config, run
 from rsteer_interp.command_line import run as run_command
-from rsteer_interp.directions import ESTIMATORS, RidgeMeanDifference
+from rsteer_interp.directions import ESTIMATORS, PAPER, RidgeMeanDifference
 from rsteer_interp.judges.base import Verdict
+from rsteer_interp.reproduction.finder import NULL_DRAWS
 from rsteer_interp.reproduction.presets import PRESETS
 from rsteer_interp.results import load_result
 from tests.tiny_models import save_tiny
@@ -78,9 +79,9 @@ def test_every_step_and_the_saved_configuration(
             assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
         assert (row["answer_shift"] is None) == (row["label"] == "base")
     assert data["layer_scores"]["wrmd"]["layers"] == [1, 2, 3, 4]
-    assert len(data["null"]["random"]) == 6
+    assert len(data["null"]["random"]) == NULL_DRAWS
     assert [(row["method"], row["reposition"]) for row in data["matched"]] == [
-        (m, r) for m in ESTIMATORS for r in (False, True)
+        (m, r) for m in PAPER for r in (False, True)
     ]
     assert all(row["harmful"]["before"]["n"] == 4 for row in data["matched"])
     trials, every = data["finder"]["trials"], data["finder"]["fresh"]["n"]
@@ -117,7 +118,7 @@ def test_no_edit_removes_nothing(config: Config, monkeypatch: pytest.MonkeyPatch
     run(config)
     found = load_result(config.out).data["finder"]
     unedited = [trial for trial in found["trials"] if not trial["reposition"]]
-    assert len(unedited) == 2 * len(ESTIMATORS)
+    assert len(unedited) == 2 * len(PAPER)
     assert [trial["removal"]["value"] for trial in unedited] == pytest.approx([0.0] * len(unedited), abs=1e-6)
     # fault: counted from the replies that chose the prompts, no edit would remove the difference
     assert found["scored"]["value"] > found["fresh"]["value"] + 0.3
