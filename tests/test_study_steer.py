@@ -249,6 +249,10 @@ def test_saved_configurations_apply_elsewhere(
     assert run_command(Config, run, arguments) == 0
     data = load_result(place / "out", kind=KIND).data
     assert data["applicable"], data["reason"]
+    for part in ("remove", "induce"):  # the watched sets are read on report alone, for either condition
+        condition = data[part]["condition"]
+        assert "world_politics" in condition["holds"]
+        assert "world_politics" not in condition["holds_select"] and "world_politics" not in condition["outside"]
     prompts = place / "mine.txt"
     prompts.write_text("tell me about the city\nwhy is the river ?\n")
     model = arguments[arguments.index("--model") + 1]
