@@ -2,7 +2,7 @@
 
 Reads a file (rsteer, GGUF control vector of llama.cpp or repeng, steering-vectors as safetensors or JSON, plain .npy or
 safetensors tensor) or a saved steering folder; writes any of them. With `--check`, on a model: relative dose, effect on the
-refusal log-odds of prompts that it refuses beside random edits of equal norm, judged replies, and KL on benign answers. Pickles
+refusal log-odds of prompts that it refuses beside random rotations of the edit, judged replies, and KL on benign answers. Pickles
 are not read.
 """
 
@@ -44,7 +44,7 @@ class Config:
     conversations: int = 12
     """Controls: benign conversations for the KL."""
     random: int = 20
-    """Controls: random edits of equal norm."""
+    """Controls: random rotations of the edit; n of them give no p below 1 / (1 + n)."""
     refusal_words: tuple[str, ...] = ("I", "As", "Sorry")
     """Controls: words that open this model's refusals, where the configuration does not name the tokens itself."""
     judge: str = "default"

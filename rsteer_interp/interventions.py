@@ -146,7 +146,10 @@ def set_component(
 
 @dataclass(frozen=True, eq=False)
 class Displace:
-    """h' = h - <h, v> u, u and v unit vectors: ablation for u = v, else its equal-norm null, as large at every position."""
+    """h' = h - <h, v> u, u and v unit vectors: ablation for u = v, else its null, as large at every position.
+
+    For one site: at later ones a displacement finds what an ablation has taken away (`equal_norm` has the null of several).
+    """
 
     site: Site
     v: Float[Tensor, " d"]

@@ -228,7 +228,9 @@ def test_an_edit_of_no_finite_size_is_refused_when_it_is_made(name: str) -> None
 def test_an_edit_that_overflows_is_named() -> None:
     backend = tiny_backend("llama")
     backend.model.to(torch.float16)
-    with pytest.raises(UserError, match=r"LlamaForCausalLM: states at blocks.2.hook_resid_pre are not finite.*a smaller edit"):
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM: states at blocks.2.hook_resid_pre are not finite.*a smaller edit"
+    ):
         log_odds(backend, tiny_rows(backend), [5], add({SITE: V}, {SITE: 1e6}))
 
 

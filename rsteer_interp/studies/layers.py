@@ -39,6 +39,7 @@ from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.rotation import rotations
 from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
 from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import NotApplicable, Study, interval
@@ -165,11 +166,10 @@ def _causal(
         return {"norms": [norms[s] for s in sites], "log_odds": log_odds(backend, rows, tokens).tolist()}, None
 
     start = study.stage("3_base", key, base).data
-    effects = []
+    effects, draws = [], null_directions(config, {s: units[s] for s in sites}, evidence)
     with progress("one block input at a time", len(sites)) as advance:
         for site, norm in zip(sites, start["norms"], strict=True):
-            like = evidence[site].complying if config.null == "covariance" else None
-            random = random_unit_vectors(config.random, backend.d_model, config.seed + site.layer, like).float()
+            random = draws[site]
 
             def compute(site: Site = site, norm: float = norm, random: Tensor = random) -> tuple[dict[str, Any], Any]:
                 odds = single_site(backend, rows, tokens, site, units[site], random, config.dose * norm)
@@ -200,6 +200,18 @@ def _causal(
             for i, edit in enumerate(EDITS)
         },
     }
+
+
+def null_directions(
+    config: Config, units: Mapping[Site, Float[Tensor, " d"]], evidence: Mapping[Site, Evidence]
+) -> dict[Site, Float[Tensor, "draw d"]]:
+    """Random unit vectors by layer. Draw i is one null of the whole curve: all layers' directions under one rotation, or one
+    combination of the answered prompts' states."""
+    if config.null == "covariance":
+        n, d = config.random, len(next(iter(units.values())))
+        return {s: random_unit_vectors(n, d, config.seed, evidence[s].complying).float() for s in units}
+    turned = rotations(units, config.random, config.seed)
+    return {s: torch.stack([each[s] for each in turned]).float() for s in units}
 
 
 def single_site(
