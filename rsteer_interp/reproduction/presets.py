@@ -12,7 +12,9 @@ LABELS = {POLITICAL: "political", HARMFUL: "harmful", MATCHED: "matched", GENERA
 class Preset:
     """Prompt counts are upper bounds (a set may be smaller); tokens are per reply."""
 
-    fit: dict[str, int]  # prompts per set for the directions
+    # Prompts per set for the directions: political ones of both kinds, as many as there are. With 16 general prompts among 144 the
+    # halves of MD agreed better (0.76 for 0.52 at layer 18 of the demo model), and all of it was topic (0.66 for 0.20).
+    fit: dict[str, int]
     select: dict[str, int]  # prompts per set for layer scores, scales and the finder
     report: dict[str, int]  # prompts per set for everything reported
     samples: int  # K replies per prompt for c(x) by which prompts are scored; even, so that split votes can be neutral
@@ -34,7 +36,7 @@ PRESETS = {
     # 96 prompts give a Wilson interval of at most +-10 points at any rate; the general set, whose refusal rate is near
     # zero, needs no more than 40.
     "demo": Preset(
-        fit={POLITICAL: 64, MATCHED: 64, GENERAL: 16},
+        fit={POLITICAL: 104, MATCHED: 104},
         select={POLITICAL: 40, MATCHED: 40},
         report={POLITICAL: 96, HARMFUL: 96, MATCHED: 96, GENERAL: 40},
         samples=2,
@@ -52,7 +54,7 @@ PRESETS = {
         permutations=1000,
     ),
     "full": Preset(
-        fit={POLITICAL: 1000, MATCHED: 1000, GENERAL: 1000},
+        fit={POLITICAL: 1000, MATCHED: 1000},
         select={POLITICAL: 1000, MATCHED: 1000},
         report={POLITICAL: 1000, HARMFUL: 1000, MATCHED: 1000, GENERAL: 1000},
         samples=8,
