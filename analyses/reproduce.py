@@ -4,7 +4,8 @@ Refusal Steering (arXiv 2512.16602), in the paper's order; every step is a resul
 
     1 scores      K sampled replies per prompt, judged: refusal confidence c(x); refusal-opening tokens from the replies
     2 directions  MD, WMD, RMD, WRMD (every registered estimator) at every block input, from last-prompt-token states; layer scores with their nulls
-    3 finder      per method, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift
+    3 finder      per method, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift, by judged
+                  fresh replies; what addition and reposition do to harmful prompts where they remove alike
     4 evaluation  base and steered greedy replies on prompts that nothing was fitted or chosen on
     5 answers     shift and KL of every method on benign conversations that the finder did not use
     6 table, figures and one HTML page
@@ -41,8 +42,9 @@ class Config:
     """Most rows at once; halved when memory runs out."""
     seed: int = 0
     """Seed of prompt samples, sampled replies and nulls."""
-    target: float = 1.3
-    """Removal target: mean fall of c(x) (from -1 to 1) over refusing prompts that the finder must reach."""
+    target: float = 0.9
+    """Removal target: mean fall of c(x) (from -1 to 1) over refusing prompts that the finder must reach, counted from fresh replies of
+    the unsteered model, whose mean c + 1 is the most that can fall."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
 
