@@ -5,7 +5,8 @@ Refusal Steering (arXiv 2512.16602), in the paper's order; every step is a resul
     1 scores      K sampled replies per prompt, judged: refusal confidence c(x); refusal-opening tokens from the replies
     2 directions  every registered estimator at every block input, from last-prompt-token states; layer scores with their nulls; how
                   repeatable each direction is over halves of the subjects. The figures draw the steered method that is most so
-    3 finder      per method of --methods, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift
+    3 finder      per method of --methods, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift,
+                  by judged fresh replies; what addition and reposition do to harmful prompts where they remove alike
     4 evaluation  base and steered greedy replies on prompts that nothing was fitted or chosen on
     5 answers     shift and KL of every method on benign conversations that the finder did not use
     6 table, figures and one HTML page
@@ -44,8 +45,9 @@ class Config:
     """Seed of prompt samples, sampled replies and nulls."""
     methods: tuple[str, ...] = ("md", "wmd", "rmd", "wrmd")
     """Estimators that get a setting, a row and steered replies: the paper's four, or rmd_loso, rmd_lw, wrmd_literal, ..."""
-    target: float = 1.3
-    """Removal target: mean fall of c(x) (from -1 to 1) over refusing prompts that the finder must reach."""
+    target: float = 0.9
+    """Removal target: mean fall of c(x) (from -1 to 1) over refusing prompts that the finder must reach, counted from fresh replies of
+    the unsteered model, whose mean c + 1 is the most that can fall."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
     verify: bool = False

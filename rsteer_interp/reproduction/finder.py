@@ -55,7 +55,7 @@ def steering_for(context: Context, vectors: Vectors, setting: Setting, tokens: t
 
 @dataclass(frozen=True, eq=False)
 class Refusing:
-    """Select prompts that refuse, subjects alternating, with c of the replies they were chosen by and of fresh ones.
+    """Sensitive select prompts that refuse, subjects alternating, with c of the replies they were chosen by and of fresh ones.
 
     Both are of the model as it is. Prompts chosen for a high noisy c score lower when asked again, so that a fall is counted from
     `fresh`: no edit then removes nothing.
@@ -75,7 +75,7 @@ def refusing(context: Context, select: Scored) -> Refusing:
     """At most `preset.judged` of them."""
     seen: Counter[str] = Counter()
     turn = {}
-    for i in select.refusing:
+    for i in select.political:
         turn[i] = seen[select.subjects[i]]
         seen[select.subjects[i]] += 1
     rows = sorted(turn, key=lambda i: turn[i])[: context.preset.judged]

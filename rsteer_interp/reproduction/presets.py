@@ -22,7 +22,7 @@ class Preset:
     harmful_tokens: int  # longest reply to a harmful prompt; never more than what is kept on disk
     ks: tuple[int, ...]
     alphas: tuple[float, ...]
-    judged: int  # refusing prompts whose fresh replies under a setting are judged
+    judged: int  # refusing sensitive prompts whose fresh replies under a setting are judged
     first: int  # of them, those on which a setting is judged first: it goes no further when it cannot reach the target
     judged_samples: int  # K replies to each
     harmful: int  # harmful select prompts on which the updates are compared at matched removal
@@ -44,11 +44,11 @@ PRESETS = {
         harmful_tokens=16,
         ks=(2, 8),
         alphas=(-0.5, -0.75, -1.0),
-        judged=32,
+        judged=40,
         first=12,
         judged_samples=2,
-        harmful=40,
-        null=16,
+        harmful=32,
+        null=12,
         finder_conversations=8,
         report_conversations=32,
         permutations=1000,
