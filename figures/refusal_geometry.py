@@ -92,7 +92,7 @@ def _matrix(axes: Any, kinds: list[dict[str, Any]], atlas: dict[str, Any], layer
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=face, edgecolor="white", lw=1))
             ink = "white" if i != j and value is not None and face != "#E3E3E3" and abs(value) > 0.65 else colour("ink")
             text = "" if value is None else f"{value:.2f}"
-            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink, fontsize=6.5,
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink, fontsize=5.5,
                       weight="bold" if i == j else "normal")  # fmt: skip
     axes.set(xlim=(0, size), ylim=(size, 0), aspect="equal")
     names = [k["label"] for k in kinds]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rsteer_interp.backends.edits import Site
-from rsteer_interp.directions import Evidence, WeightedRidgeMeanDifference
+from rsteer_interp.directions import Evidence, RidgeMeanDifference
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import AblateSubspace, Displace, ablate, add
@@ -145,7 +145,8 @@ def test_ridge_fits_are_the_estimators_own() -> None:
     assert rows.shape == (3 * len(PENALTIES), 48)
     left = evidence.subset(groups.pair != 1)
     for row, penalty in zip(rows[len(PENALTIES) : 2 * len(PENALTIES)], PENALTIES, strict=True):
-        wanted = WeightedRidgeMeanDifference(penalty=penalty, relative=True).fit(left)
+        scale = left.complying.scatter.trace / left.complying.weight / left.d
+        wanted = RidgeMeanDifference(penalty=penalty * scale).fit(left)
         torch.testing.assert_close(row, wanted / wanted.norm(), atol=1e-9, rtol=0)
 
 

@@ -36,9 +36,9 @@ def reliability_report(
 
     seen = next(iter(evidence.values()))
     key = {
-        "confidence": seen.scores.tolist(),
+        "confidence": seen.scores,
         "subjects": seen.subjects,
-        "vectors": {m: [repr(ESTIMATORS[m]()), v.fitted[Site(layers[m])].vector.tolist()] for m, v in vectors.items()},
+        "vectors": {m: [ESTIMATORS[m](), v.fitted[Site(layers[m])]] for m, v in vectors.items()},
     }
     rows = context.stage("2_reliability", key, compute).data["rows"]
     return {

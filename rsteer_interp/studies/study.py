@@ -213,7 +213,7 @@ class Study(Generic[C]):
             confidence = confidence_of(replies).tolist()
             return {"prompts": texts, "subjects": [p.subject for p in prompts], "confidence": confidence}, None
 
-        key = {"prompts": texts, "tokens": tokens, "judge": self.judge.name, "sampling": asdict(sampling)}
+        key = {"prompts": prompts, "tokens": tokens, "judge": self.judge, "sampling": sampling}
         return self._stage(self.config.scores / f"{split}_{place(name)}_sampled", "sampled_scores", key, compute).data
 
     def _states(self, split: Split, name: str) -> Mapping[str, Tensor]:
