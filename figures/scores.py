@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rsteer_interp.report.drawing import FigureConfig, figure_main
-from rsteer_interp.report.schema import Reproduced, Reproduction
+from rsteer_interp.report.schema import Reproduced
 from rsteer_interp.statistics.draws import percentiles
 from rsteer_interp.statistics.intervals import membership
 from rsteer_interp.style import DOUBLE, Drawing, colour, method_label, style
@@ -60,14 +60,14 @@ def draw(result: Reproduced) -> Drawing:
                 before, after = np.array(scores.before), np.array(scores.after[method])
                 if len(before) != len(after):
                     raise result.missing(f"paired confidence of {method} on {name}")
-                change = summary(before, after, scores.subjects) | _areas(data, method, name)
+                change = summary(before, after, scores.subjects)
                 plotted.append({"method": method, "set": name, "before": before, "after": after, **change})
                 _pairs(axes, before, after, 2 * spread)
                 axes.text(0.5, 0.98, _words(change), transform=axes.transAxes, ha="center", va="top", fontsize=6.5)
                 if i == 0:
                     axes.set_title(f"{data.set_label(name)}, n = {len(before)}")
             grid[i][0].set_ylabel(f"{method_label(method)}\n{short}")
-        room = 0.5 * (high - low)  # for the numbers above the lines
+        room = 0.38 * (high - low)  # for the numbers above the lines
         grid[0][0].set(xlim=(-0.25, 1.25), xticks=[0, 1], xticklabels=["base", "steered"])
         grid[0][0].set_ylim(low - 0.08 * (high - low), high + room)
         grid[0][0].set_yticks([t for t in grid[0][0].get_yticks() if low - 0.05 <= t <= high + 0.05])
@@ -79,8 +79,7 @@ def draw(result: Reproduced) -> Drawing:
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     caption = (
         f"{long} of the same prompts before and after steering; above 0 counts as refusing. Beside the mean change stands its null, the central 95 % of "
-        f"{FLIPS} random flips of the sign of a subject's changes. Area: how well these scores tell judged refusals from answers, before and "
-        "under the edit (ROC; 0.5 is chance): what reads refusal unsteered need not read it under an edit. Held-out prompts (report split)."
+        f"{FLIPS} random flips of the sign of a subject's changes. Held-out prompts (report split)."
     )
     return Drawing(
         figure,
@@ -102,18 +101,8 @@ def summary(before: np.ndarray, after: np.ndarray, subjects: Sequence[str]) -> d
     }  # fmt: skip
 
 
-def _areas(data: Reproduction, method: str, name: str) -> dict[str, float | None]:
-    """ROC area of the scores against judged replies before and under the edit; None where all are refused or answered."""
-    judges = data.judges
-    if judges is None:
-        return {"area_before": None, "area_after": None}
-    before, after = judges.log_odds_auc.get(name), judges.steered_auc.get(method, {}).get(name)
-    return {"area_before": before.value if before else None, "area_after": after.value if after else None}
-
-
 def _words(change: dict[str, Any]) -> str:
-    areas = ["–" if change[k] is None else f"{change[k]:.2f}" for k in ("area_before", "area_after")]
-    words = f"mean change {change['mean_change']:+.2f}\nnull {change['null_low']:+.2f} to {change['null_high']:+.2f}\narea {areas[0]} → {areas[1]}"
+    words = f"mean change {change['mean_change']:+.2f}\nnull {change['null_low']:+.2f} to {change['null_high']:+.2f}"
     return words.replace("-", "\N{MINUS SIGN}")
 
 

@@ -31,7 +31,7 @@ from rsteer_interp.vector_formats import added_by, load_vectors, save_vectors
 from tests.pushes import equal_dose, pushes
 from tests.refusing_model import OpeningJudge, save_refusing, texts, write_sets
 from tests.test_vector_formats import some
-from tests.tiny_models import D_MODEL, PROMPTS, answered_rows, tiny_backend, tiny_rows
+from tests.tiny_models import D_MODEL, PROMPTS, tiny_backend, tiny_rows
 
 SITES = (Site(2), Site(3))
 
@@ -110,7 +110,16 @@ def test_the_null_is_as_large_a_push_in_the_sum_of_all_sites(kind: str, monkeypa
 
     monkeypatch.setattr(vector_controls, "log_odds_of_each", spied)
     prompts = [Prompt(prompt=text, subject=text) for text in PROMPTS]
-    controls(backend, steering, prompts, answered_rows(backend), [5], OpeningJudge(), n_random=3, tokens=1)
+    controls(
+        backend,
+        steering,
+        prompts,
+        list(load_prompts("conversations").sample(3, 0)),
+        [5],
+        OpeningJudge(),
+        n_random=3,
+        tokens=1,
+    )
     none, *edits = asked
     assert none is None and len(edits) == 4
     own, *nulls = pushes(backend, rows, *[e for e in edits if e is not None])

@@ -131,8 +131,8 @@ def _diagnosis(study: Study, method: str, fitted: Fitted, readout: Mapping[str, 
     def compute() -> tuple[dict[str, Any], None]:
         return asdict(diagnose(estimator, evidence, direction, seed=seed)), None
 
-    key = {"estimator": repr(estimator), "vector": direction.vector.tolist(), "seed": seed}
-    key |= {"scores": evidence.scores.tolist(), "subjects": evidence.subjects}
+    key = {"estimator": estimator, "direction": direction, "seed": seed}
+    key |= {"scores": evidence.scores, "subjects": evidence.subjects}
     found = study.stage(f"2_directions_{method}", key, compute).data
     r = readout["within_subject_r"][readout["layers"].index(layer)]
     inside = {"r": r, "p_max": readout["within_subject_p_max"], "n": readout["within_subject_n"]}
@@ -186,7 +186,7 @@ def _causal(
         "ablation at one layer": [Displace(site, units[site], units[site]) for site in judged],
         "addition at one layer": [add({s: units[s]}, {s: -config.dose * norm}) for s, norm in judged.items()],
     }
-    vectors = {"layers": [site.layer for site in judged], "vectors": [units[site].tolist() for site in judged]}
+    vectors = {"vectors": {site: units[site] for site in judged}}
     return {
         "read_out": judged_subsample(study, "3_judged", {**key, **vectors}, kinds, texts, subjects),
         "layers": layers,
