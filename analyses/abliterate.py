@@ -4,7 +4,7 @@ Weight orthogonalisation (Arditi et al., arXiv 2406.11717; A Granular Study of S
 difference of last-prompt-token states of a set that is refused and one that is answered, read at layer int(L * fraction), is
 removed from every weight that writes to the stream. The sweep uses the equal activation edit and prompts of the select split;
 for fraction 1 it takes the direction before and after the final norm. The saved checkpoint is loaded again and measured on the
-report split. Only first-token log-odds are measured: no reply is generated.
+report split: first-token log-odds, and judged replies, of which only rates are kept.
 """
 
 from __future__ import annotations
@@ -52,14 +52,18 @@ class Config:
     """Prompts of each set on which the checkpoint is measured."""
     conversations: int = 12
     """Benign conversations for the KL."""
-    random: int = 8
-    """Random directions of each null."""
+    random: int = 20
+    """Random directions of each null: p can be no smaller than 1 / (1 + random)."""
     kl_limit: float = 0.1
     """The sweep takes the direction, read in the first 80 % of the layers, that leaves the least refusal with a KL (nats per token) up to this."""
     sweep_only: bool = False
     """Write no checkpoint."""
     refusal_words: tuple[str, ...] = ("I", "As", "Sorry")
     """Words that open this model's refusals; the log-odds are those of their first tokens."""
+    judge: str = "default"
+    """Judge of the checkpoint's replies: default (by patterns alone, as the edited model is not to judge itself), pattern or endpoint."""
+    tokens: int = 24
+    """Longest reply that is judged."""
     device: str = "auto"
     """auto: the accelerator where there is one, else the CPU."""
     dtype: str = "auto"
@@ -70,6 +74,8 @@ class Config:
     """Seed of prompt samples, random directions and bootstraps."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
 
 
 def run(config: Config) -> Path:

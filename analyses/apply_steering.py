@@ -44,6 +44,8 @@ class Config:
     """Apply it although the model's weights are not the ones it was made for (same width and depth needed)."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
 
 
 def run(config: Config) -> Path:

@@ -44,6 +44,8 @@ class Config:
     """Seed of prompt samples, nulls and splits."""
     trust_remote_code: bool = False
     """Run code that comes with the models. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
 
 
 def run(config: Config) -> Path:

@@ -3,7 +3,7 @@
 1 scores      judged unsteered replies and states of every prompt (shared with the other studies)
 2 per method  fitted on fit; strengths tried on select, and more of them while the best is the last or the first; its own best strength,
               and the one that removes as much as the others; on report KL, perplexity of answers beside the unsteered answers to
-              the same prompts, and random moves as large as its own at every state. Refused or answered is what the judge says of
+              the same prompts, and random rotations of its own edit. Refused or answered is what the judge says of
               a reply, everywhere; how well first-token log-odds would have told the same stands beside it
 3 checks      what the method's own paper claims (a ROC, a rank correlation, a leakage, ...), where the method says how
 4 together    paired tests against random directions and against the best on select; tables, one figure
@@ -49,7 +49,7 @@ class Config(StudyConfig):
     watched: int = 32
     """Report prompts of each watched set, at most, whose replies are judged."""
     draws: int = 3
-    """Random edits of equal norm beside every method's own, on `screened` report prompts of either set."""
+    """Random rotations of every method's own edit, on `screened` report prompts of either set: n of them give no p below 1 / (1 + n)."""
     conversations: int = 16
     """Benign conversations for KL on report; half as many others on select."""
 

@@ -2,7 +2,8 @@
 
 Reads a file (rsteer, GGUF control vector of llama.cpp or repeng, steering-vectors as safetensors or JSON, plain .npy or
 safetensors tensor) or a saved steering folder; writes any of them. With `--check`, on a model: relative dose, effect on the
-refusal log-odds of prompts that it refuses beside random edits of equal norm, and KL on benign answers. Pickles are not read.
+refusal log-odds of prompts that it refuses beside random rotations of the edit, judged replies, and KL on benign answers. Pickles
+are not read.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ class Config:
     conversations: int = 12
     """Controls: benign conversations for the KL."""
     random: int = 20
-    """Controls: random edits of equal norm."""
+    """Controls: random rotations of the edit; n of them give no p below 1 / (1 + n)."""
     refusal_words: tuple[str, ...] = ("I", "As", "Sorry")
     """Controls: words that open this model's refusals, where the configuration does not name the tokens itself."""
+    judge: str = "default"
+    """Controls: judge of replies: default, pattern, local or endpoint."""
     model_hint: str | None = None
     """Name of the model's architecture in a GGUF file. None: the model's own, where one is given."""
     other_model: bool = False
@@ -64,6 +67,8 @@ class Config:
     """Seed of prompt samples, random edits and bootstraps."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
 
 
 def run(config: Config) -> Path | None:

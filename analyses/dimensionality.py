@@ -1,7 +1,7 @@
 """How many dimensions carry refusal? What varies with refusal beside what has to be removed for it to go.
 
 1 scores      one judged greedy reply per prompt of the fit, select and report splits, whose subjects are disjoint
-2 subspaces   nested bases from fit at every block input: paired differences, differences inside subjects, weighted ridge;
+2 subspaces   nested bases from fit at every block input: paired differences, differences inside subjects, ridge;
               and controls that should not carry refusal: topics of answered prompts, random vectors with their covariance
 3 variance    report split at the layer where refusal is read best on select: spectra with the Marchenko-Pastur edge,
               participation ratios, differences against shuffled labels; agreement of subspaces from halves of fit

@@ -32,6 +32,8 @@ class Config:
     """auto: bfloat16 on an accelerator, float32 on a CPU."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
     base_url: str | None = None
     """Endpoint judge: address of an OpenAI-compatible server, up to /v1 (or environment variable RSTEER_JUDGE_URL)."""
     judge_model: str | None = None

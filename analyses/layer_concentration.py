@@ -23,7 +23,7 @@ class Config(StudyConfig):
     out: Path = Path("results/layer_concentration")
     """Result folder; finished stages in it are reused."""
     methods: tuple[str, ...] = ("md",)
-    """Direction estimators, by name (md, wmd, rmd, wrmd, ...). The causal curves are of the first, read-outs of all."""
+    """Direction estimators, by name (md, wmd, rmd, wrmd, rmd_loso, rmd_lw, ...). The causal curves are of the first, read-outs of all."""
     refusing: int = 12
     """Refusing report prompts, at most, for the causal curve."""
     random: int = 5

@@ -6,7 +6,8 @@
                from the cone, beside edits of the same size along random directions
 3 independence RepInd of pairs: how much ablating one changes what there is of the other downstream, beside random ones; a figure
 
-Targets are openers of a few tokens and replies to ordinary prompts; log-odds throughout: no reply to a harmful prompt is made.
+Targets are openers of a few tokens and replies to ordinary prompts. Effects are in log-odds; replies under the ablations are judged and
+thrown away, to see whether log-odds tell refusals there.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 2 atlas        mean differences of every kind (fit); at every layer their cosines, plain and without estimation noise, with
                intervals over subjects and random pairs; in detail at the layer that reads refusal best on select
 3 transfer     steering with one kind's direction, measured on the refused report prompts of every kind: addition at one dose, and
-               ablation; random directions, false-discovery control over cells
+               ablation; the same edits turned towards random directions, false-discovery control over cells
 4 matched      the same where every direction removes as much of its own kind (doses from select)
 5 independence ablating one direction: what it changes of the others at later layers, beyond what geometry alone says
 """
@@ -29,7 +29,7 @@ class Config(StudyConfig):
     dose: float = 0.03
     """Added |edit| / |resid|, the same at every layer and for every kind; small, so that nothing is at its ceiling."""
     random: int = 10
-    """Random directions; at least 4."""
+    """Random directions, at least 4: towards at least so many, and 2 for each kind, the steering edits are turned for their null."""
     dimensions: int = 3
     """Dimensions of each kind's subspace of per-subject directions."""
 

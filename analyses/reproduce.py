@@ -3,8 +3,10 @@
 Refusal Steering (arXiv 2512.16602), in the paper's order; every step is a result folder and is not redone when present:
 
     1 scores      K sampled replies per prompt, judged: refusal confidence c(x); refusal-opening tokens from the replies
-    2 directions  MD, WMD, RMD, WRMD (every registered estimator) at every block input, from last-prompt-token states; layer scores with their nulls
-    3 finder      per method, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift
+    2 directions  every registered estimator at every block input, from last-prompt-token states; layer scores with their nulls; how
+                  repeatable each direction is over halves of the subjects. The figures draw the steered method that is most so
+    3 finder      per method of --methods, the (k, alpha, reposition) that reaches the removal target with the smallest answer shift,
+                  by judged fresh replies; what addition and reposition do to harmful prompts where they remove alike
     4 evaluation  base and steered greedy replies on prompts that nothing was fitted or chosen on
     5 answers     shift and KL of every method on benign conversations that the finder did not use
     6 table, figures and one HTML page
@@ -38,13 +40,18 @@ class Config:
     device_map: str | None = None
     """Passed to transformers (hooks backend), for example auto."""
     batch_size: int = 96
-    """Most rows at once; halved when memory runs out."""
+    """Most rows at once; halved when memory runs out. Below float32 results move with it: steps kept at another are run again."""
     seed: int = 0
     """Seed of prompt samples, sampled replies and nulls."""
-    target: float = 1.3
-    """Removal target: mean fall of c(x) (from -1 to 1) over refusing prompts that the finder must reach."""
+    methods: tuple[str, ...] = ("md", "wmd", "rmd", "wrmd")
+    """Estimators that get a setting, a row and steered replies: the paper's four, or rmd_loso, rmd_lw, wrmd_literal, ..."""
+    target: float = 0.9
+    """Removal target: mean fall of c(x) (from -1 to 1) over refusing prompts that the finder must reach, counted from fresh replies of
+    the unsteered model, whose mean c + 1 is the most that can fall."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
 
 
 def run(config: Config) -> Path:

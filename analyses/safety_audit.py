@@ -67,11 +67,13 @@ class Config:
     device_map: str | None = None
     """Passed to transformers (hooks backend), for example auto."""
     batch_size: int = 64
-    """Most rows at once; halved when memory runs out."""
+    """Most rows at once; halved when memory runs out. Below float32 results move with it: steps kept at another are run again."""
     other_model: bool = False
     """Apply the configuration although the model's weights are not the ones it was made for."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read it."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
     seed: int = 0
     """Seed of prompt samples, random directions, permutations and bootstraps."""
 

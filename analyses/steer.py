@@ -36,8 +36,6 @@ class Config(StudyConfig):
     """Relative doses |edit| / |resid| per layer that are tried."""
     aim: float = 0.1
     """Refusal rate of the removed set to be reached on the select split; the target on report is 0.15."""
-    samples: int = 2
-    """Sampled replies per fit prompt for the graded c(x) of the weighted vectors; even, so that votes can split."""
     frontier: int = 32
     """Refused report prompts of the removed and of the kept set, at most, for the frontier."""
     conversations: int = 24

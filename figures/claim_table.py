@@ -1,7 +1,7 @@
 """The claim table as a picture: refusal rates by prompt set and method with Wilson intervals, beside the paper's rows.
 
 Held-out prompts. Hollow markers are the paper's published rates (other models, other prompts). Grey is the null: the
-range of rates under random directions of the same dose, on the select split.
+range of judged rates under random directions of the same dose, on the select split.
 """
 
 from __future__ import annotations
@@ -28,14 +28,9 @@ def draw(result: Reproduced) -> Drawing:
     from matplotlib.figure import Figure
 
     sets = data.in_order(name for row in data.table for name in row.rates)
-    nulls = {
-        name: [100 * rate.rate for rate in rates]
-        for name, rates in (
-            (POLITICAL, [c.political for c in data.frontier if c.null]),
-            (HARMFUL, [c.harmful for c in data.frontier if c.null]),
-        )
-        if rates
-    }
+    random = data.null.random if data.null else []
+    nulls = {name: [100 * rates[name].rate for rates in random if name in rates] for name in sets if random}
+    nulls = {name: rates for name, rates in nulls.items() if rates}
     gap = len(data.table) + 0.6
     names = [row.label for row in data.table] + [f"paper, {row.label}" for row in data.paper]
     heights = [float(i) for i in range(len(data.table))] + [gap + i for i in range(len(data.paper))]
@@ -71,7 +66,7 @@ def draw(result: Reproduced) -> Drawing:
         f"Refusal rates of {data.model.name} on held-out prompts, 95 % Wilson intervals. Hollow markers are the paper's "
         "published rates on its own prompts and models (no intervals were published; 4B and 80B models). "
         + (
-            "Grey: range under random directions of the same dose (select split, by first-token log-odds)."
+            f"Grey: range under {len(random)} random directions of the same dose (select split, judged)."
             if nulls
             else "No random directions were run."
         )
@@ -79,7 +74,7 @@ def draw(result: Reproduced) -> Drawing:
     plotted = {
         "table": data.table,
         "paper": data.paper,
-        "null": {k: {"low": min(v), "high": max(v)} for k, v in nulls.items()},
+        "null": {k: {"low": min(v), "high": max(v), "n": len(v)} for k, v in nulls.items()},
     }
     return Drawing(figure, "What each method removes, and what it leaves", caption, plotted)
 

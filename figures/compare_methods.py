@@ -54,7 +54,7 @@ def draw(result: Result) -> Drawing:
             for y, name in enumerate(order):
                 draws = beside[name].get(share, ())
                 axes.plot(draws, [y] * len(draws), "|", ms=4, mew=0.8, color=colour("neutral"))
-        every[0].set_yticks(range(len(order)), [rows[n]["label"] for n in order], fontsize=6.5)
+        every[0].set_yticks(range(len(order)), [rows[n]["label"] + "*" * rows[n]["edge"] for n in order], fontsize=6.5)
         every[0].set_ylim(len(order) - 0.4, -0.6)
         for axes in every[:3]:
             axes.set_xlim(-0.04, 1.04)
@@ -63,13 +63,15 @@ def draw(result: Result) -> Drawing:
         every[4].set_xticks([0, 0.1, 1], ["0", "0.1", "1"])
         every[4].minorticks_off()
     n = data["n"]
+    n_draws = max((len(each["null_removed"]) for each in beside.values() if each), default=0)
     return Drawing(
         figure,
         "The related methods under one protocol",
         f"Each method at the strength chosen for it on the select split, judged replies on the report split: n = {n[names['remove']]} "
         f"refused {_words(names['remove'])} and {n[names['keep']]} refused {_words(names['keep'])} prompts, 95 % intervals (Wilson, Newcombe, "
         f"bootstrap). Third panel: at the strength at which {data['target']:.0%} of refused select prompts are answered; "
-        "no point: out of reach, or no knob. Grey ticks: each edit's own null, moves as large at every state in random directions. Grey band: random "
+        "no point: out of reach, or no knob. Star: the strength is at the edge of what was tried. Grey ticks: each edit's own null, "
+        f"{n_draws} random rotations of it, one for all its sites (no p beside so few is below {1 / (1 + n_draws):.2g}). Grey band: random "
         "directions at their own best dose. Order: the select split's. "
         f"{data['finding']}",
         {

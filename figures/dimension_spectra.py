@@ -23,7 +23,7 @@ CONTRASTS = {"subjects": "Refused minus answered\ninside each subject"}
 FAMILIES = {
     "pairs": (colour("refusing"), "o", "paired differences"),
     "subjects": (colour("md"), "s", "inside subjects"),
-    "ridge": (colour("wrmd"), "v", "weighted ridge"),
+    "ridge": (colour("rmd"), "v", "ridge"),
 }
 
 

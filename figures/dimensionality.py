@@ -35,7 +35,7 @@ KIND = "dimensionality"
 LOOKS = {  # colour, marker, line, words
     "pairs": (colour("refusing"), "o", "-", "paired differences"),
     "subjects": (colour("md"), "s", "-", "differences inside subjects"),
-    "ridge": (colour("wrmd"), "v", "-", "weighted ridge"),
+    "ridge": (colour("rmd"), "v", "-", "ridge"),
     "topics": (colour("neutral"), "^", "--", "topics of answered prompts"),
     "covariance": (colour("neutral"), "x", ":", "random, covariance of answered prompts"),
 }
@@ -95,7 +95,7 @@ def _caption(found: Dimensions, finding: str) -> str:
         f"{found.shared_layer} (chosen on select) at all inputs, and with the leading directions of all inputs at all of them; bands: their own "
         f"rotations. (c) Fewest dimensions that hold 90 % of the energy of all inputs' first K rows, stacked; bars: 95 % over resampled "
         f"subjects; dashed: random rows, drawn apart for each input; dotted: one subspace for all. (d) Replies of up to {found.check.tokens} tokens: "
-        f"share judged a refusal (filled, 95 % intervals over subjects) and share with log-odds above 0 (open); grey: judged under one random "
+        f"share judged a refusal (filled, 95 % intervals over subjects) and share with log-odds above {found.check.threshold:.2f}, the threshold fitted without an edit (open); grey: judged under one random "
         f"rotation of the edit. (e) KL of the first token's distribution on answered prompts; grey lines: the rotations. (f) The best constant push "
         f"inside K dimensions, learned on select; grey band: inside {pushed.families[found.lead].n_null} random subspaces; dotted: along the "
         f"whole gradient. {finding}"

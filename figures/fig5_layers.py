@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from rsteer_interp.report.drawing import FigureConfig, figure_main
-from rsteer_interp.report.schema import Density, LayerScores, Reproduced
-from rsteer_interp.style import DOUBLE, Drawing, colour, style
+from rsteer_interp.report.schema import Density, LayerScores, Reproduced, Reproduction
+from rsteer_interp.style import DOUBLE, Drawing, colour, method_label, style
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Config(FigureConfig):
 
 
 def draw(result: Reproduced) -> Drawing:
-    """The four panels, for the method whose direction the result keeps (the paper's: WRMD)."""
+    """The four panels, for the method whose direction the result keeps: the most repeatable of those steered."""
     density, vector = result.data.density, result.density_vector
     if density is None or vector is None or density.method not in result.data.layer_scores:
         raise result.missing("layer scores and density")
     by_method = {m: result.data.layer_scores[m] for m in result.data.in_order(result.data.layer_scores)}
-    scores, name = by_method[density.method], density.method.upper()
+    scores, name = by_method[density.method], method_label(density.method)
     from matplotlib.figure import Figure
 
     with style():
@@ -44,7 +44,7 @@ def draw(result: Reproduced) -> Drawing:
     best = int(np.argmax(scores.r))
     null = density.null_top10
     caption = (
-        f"(a) Pearson r between the projection on {name} and refusal confidence (n = {scores.n} prompts), largest at layer "
+        f"{_trust(result.data, density.method)}(a) Pearson r between the projection on {name} and refusal confidence (n = {scores.n} prompts), largest at layer "
         f"{scores.layers[best]} (r = {scores.r[best]:.2f}); the maximum over layers is a selected value: 95 % of label "
         f"permutations stay below {scores.null_max_q95:.2f} (p = {scores.p_max:.3g}). {_inside(scores)}r is a read-out, not an effect. "
         f"(b) The ten largest coordinates hold {_percent(density.top10_share)} of the sum of |v|; Gaussian vectors of the same "
@@ -64,6 +64,19 @@ def draw(result: Reproduced) -> Drawing:
             "vector": vector,
             "n": scores.n,
         },
+    )
+
+
+def _trust(data: Reproduction, method: str) -> str:
+    """Why this method, and how repeatable its direction is."""
+    if data.drawn is None or method not in data.directions or (halves := data.directions[method].split_half) is None:
+        return ""
+    row, name = data.directions[method], method_label(method)
+    topic = f", by topic alone {row.split_half_topic.value:.2f}" if row.split_half_topic else ""
+    return (
+        f"{name} is drawn: {data.drawn.rule}. Its halves agree with cosine {halves.value:.2f} ({halves.low:.2f} to "
+        f"{halves.high:.2f}, {row.n_splits} splits{topic}) at layer {row.layer}, n = {row.counts['refusing']} refused and "
+        f"{row.counts['complying']} answered prompts. "
     )
 
 
@@ -111,7 +124,7 @@ def _heat(figure: Any, axes: Any, by_method: dict[str, LayerScores]) -> None:
     image = axes.imshow(
         rows, aspect="auto", cmap="viridis", extent=extent, vmin=min(0.0, *(x for r in rows for x in r))
     )
-    axes.set_yticks(range(len(rows)), [method.upper() for method in by_method])
+    axes.set_yticks(range(len(rows)), [method_label(method) for method in by_method])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("layer (state entering the block)")
     axes.set_title("(c) r of every method")

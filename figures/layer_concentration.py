@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.report.drawing import FigureConfig, figure_main, study_data
-from rsteer_interp.style import DOUBLE, Drawing, colour, marker, style
+from rsteer_interp.style import DOUBLE, Drawing, colour, marker, method_label, style
 
 if TYPE_CHECKING:
     from rsteer_interp.results import Result
@@ -41,7 +41,7 @@ def draw(result: Result) -> Drawing:
         figure = Figure(figsize=(DOUBLE, 5.6), layout="constrained")
         a, b, c = figure.subplots(3, 1, sharex=True)
         _read_out(a, methods, data["readouts"])
-        first = methods[0].upper()
+        first = method_label(methods[0])
         _causes(b, causal, "ablate", f"(b) Ablating {first} at one block input")
         _causes(c, causal, "add", f"(c) Adding minus {first}, {causal['dose']:g} of |resid|")
         c.set_xlabel("layer (state entering the block)")
@@ -70,16 +70,22 @@ def _read_out(axes: Any, methods: list[str], readouts: dict[str, Any]) -> None:
         x, read["null_low"], read["null_high"], color=colour("null"), alpha=0.6, lw=0, label="null, 95 % per layer"
     )
     axes.axhline(read["null_max_q95"], color=colour("neutral"), ls=":", label="null of the maximum, 95 %")
-    axes.plot(x, read["r"], color=colour("ink"), label=f"{first.upper()}, all prompts")
+    axes.plot(x, read["r"], color=colour("ink"), label=f"{method_label(first)}, all prompts")
     axes.plot(x, read["low"], color=colour("ink"), lw=0.6, label="95 % interval over subjects")
     axes.plot(x, read["high"], color=colour("ink"), lw=0.6)
     axes.plot(
-        x, read["within_subject_r"], color=colour("answering"), ls="--", label=f"{first.upper()}, inside subjects"
+        x, read["within_subject_r"], color=colour("answering"), ls="--", label=f"{method_label(first)}, inside subjects"
     )
     for name in others:
         curve = readouts[name]["r"]
         axes.plot(
-            x, curve, marker=marker(name), ms=2.5, lw=0.8, color=colour(name), label=f"{name.upper()}, all prompts"
+            x,
+            curve,
+            marker=marker(name),
+            ms=2.5,
+            lw=0.8,
+            color=colour(name),
+            label=f"{method_label(name)}, all prompts",
         )
     chosen = read["chosen_on_select"]
     axes.plot(

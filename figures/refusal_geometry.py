@@ -92,12 +92,12 @@ def _matrix(axes: Any, kinds: list[dict[str, Any]], atlas: dict[str, Any], layer
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=face, edgecolor="white", lw=1))
             ink = "white" if i != j and value is not None and face != "#E3E3E3" and abs(value) > 0.65 else colour("ink")
             text = "" if value is None else f"{value:.2f}"
-            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink, fontsize=6.5,
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink, fontsize=5.5,
                       weight="bold" if i == j else "normal")  # fmt: skip
     axes.set(xlim=(0, size), ylim=(size, 0), aspect="equal")
-    names = [k["label"] for k in kinds]
-    axes.set_yticks([i + 0.5 for i in range(size)], names)
-    axes.set_xticks([i + 0.5 for i in range(size)], names, rotation=90)
+    places = [i + 0.5 for i in range(size)]
+    axes.set_yticks(places, [f"{k['label']}  {i}" for i, k in enumerate(kinds, 1)])
+    axes.set_xticks(places, [str(i) for i in range(1, size + 1)])
     axes.tick_params(length=0)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)

@@ -52,9 +52,10 @@ def draw(result: Result) -> Drawing:
         "What one kind's direction removes of every kind of refusal",
         f"Refusal log-odds removed (nats), mean with its 95 % bootstrap interval below, at layers {layers[0]} to {layers[-1]} (chosen on select). "
         f"(a) adding minus {data['dose']:g} of |resid| along every direction; (b) ablating it; (c) adding so much that each direction removes "
-        f"{matched['target']:.2f} nats of its own kind on select (doses: {doses}). Colour: beyond random directions with the "
-        "covariance of the answered states, scaled to the same size, at a false-discovery rate of 5 % over the cells of a panel "
-        f"({data['transfer']['add']['n_random']} directions in a and c, {data['transfer']['ablate']['n_random']} in b); no colour: not "
+        f"{matched['target']:.2f} nats of its own kind on select (doses: {doses}). Colour: beyond the same edits turned towards random "
+        "directions with the covariance of the answered states (lengths, and angles between layers, are kept), scaled to the same size, at "
+        f"a false-discovery rate of 5 % over the cells of a panel ({data['transfer']['add']['n_random']} draws in a and c, "
+        f"{data['transfer']['ablate']['n_random']} in b); no colour: not "
         f"distinguishable from random. Frames: own kind. n per column: {n}.",
         {"transfer": data["transfer"], "matched": matched, "window": data["window"], "n": data["n"]},
     )

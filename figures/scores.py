@@ -16,7 +16,7 @@ from rsteer_interp.report.drawing import FigureConfig, figure_main
 from rsteer_interp.report.schema import Reproduced
 from rsteer_interp.statistics.draws import percentiles
 from rsteer_interp.statistics.intervals import membership
-from rsteer_interp.style import DOUBLE, Drawing, colour, style
+from rsteer_interp.style import DOUBLE, Drawing, colour, method_label, style
 
 FLIPS = 2000
 WORDS = {  # axis label, what it is
@@ -66,7 +66,7 @@ def draw(result: Reproduced) -> Drawing:
                 axes.text(0.5, 0.98, _words(change), transform=axes.transAxes, ha="center", va="top", fontsize=6.5)
                 if i == 0:
                     axes.set_title(f"{data.set_label(name)}, n = {len(before)}")
-            grid[i][0].set_ylabel(f"{method.upper()}\n{short}")
+            grid[i][0].set_ylabel(f"{method_label(method)}\n{short}")
         room = 0.38 * (high - low)  # for the numbers above the lines
         grid[0][0].set(xlim=(-0.25, 1.25), xticks=[0, 1], xticklabels=["base", "steered"])
         grid[0][0].set_ylim(low - 0.08 * (high - low), high + room)

@@ -48,6 +48,7 @@ def draw(result: Result) -> Drawing:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         left.set_ylabel(f"refused {_words(found['kept'])} prompts still refused")
     points = found["points"]
+    null = sum(p["null"] for p in points)
     n = {"removed": points[0]["removed"]["n"], "kept": points[0]["kept"]["n"]}
     doses = sorted({p["dose"] for p in points if p["update"] == "addition"})
     return Drawing(
@@ -56,7 +57,8 @@ def draw(result: Result) -> Drawing:
         f"Judged greedy replies to report prompts that the unsteered model refuses, n = {n['removed']} and {n['kept']}; empty replies are no "
         f"answers; every point is shown, none chosen. {_read_out(found)} Lines: addition at relative doses {', '.join(f'{d:g}' for d in doses)} per "
         f"layer at layers {found['layers'][0]} to {found['layers'][-1]}; hollow: reposition to the neutral mean. Diamond: unsteered, "
-        f"at 0 and 1 by the choice of prompts. The null: {sum(p['null'] for p in points)} random directions at the largest dose. "
+        f"at 0 and 1 by the choice of prompts. The null: {null} random rotations of the mean differences at the "
+        f"largest dose, one for all layers; no p beside them is below {1 / (1 + null):.2g}. "
         "Crosses on the gated line are 95 % Wilson intervals; the other points' are as wide.",
         {
             "null": [p for p in points if p["null"]],

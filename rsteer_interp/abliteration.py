@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -21,10 +20,12 @@ from rsteer_interp.abliteration_sweep import (
     Candidate,
     Effects,
     Prompts,
+    at_edge,
     choose,
     effects,
     equal_dose_null,
     fit_candidates,
+    judged_replies,
     mean_change,
 )
 from rsteer_interp.backends import load_backend
@@ -32,11 +33,15 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_log_probs, log_odds
+from rsteer_interp.judges import load_judge
 from rsteer_interp.nulls import cosine, random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split, load_prompts
+from rsteer_interp.reader import validation_of
+from rsteer_interp.refusal_scores import Reply
 from rsteer_interp.results import Provenance, save_result
-from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.draws import Beside
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.vector_controls import opening_token_ids
 from rsteer_interp.vector_formats import load_vectors
 from rsteer_interp.weight_edit import (
@@ -65,7 +70,7 @@ def abliterate(config: Config) -> Path:
         raise UserError(f"{config.random} random directions make no null; give two or more with --random")
     options: dict[str, Any] = {"device": config.device, "batch_size": config.batch_size}
     options["trust_remote_code"] = config.trust_remote_code
-    backend = load_backend(config.model, "hooks", dtype=config.dtype, **options)
+    backend = load_backend(config.model, "hooks", dtype=config.dtype, verify=config.verify, **options)
     # Before anything that takes long: weights that cannot be edited are said to be so at once.
     writers = () if config.sweep_only else chosen(find_writers(backend.model), config.writers)
     token_ids = opening_token_ids(backend.tokenizer, config.refusal_words)
@@ -83,6 +88,8 @@ def abliterate(config: Config) -> Path:
         )
     measured = _prompts(config, backend, "report", config.report, token_ids)
     log_probs = answer_log_probs(backend, measured.benign)
+    judge = load_judge(config.judge)  # without a backend: the model is edited, and is not to judge itself
+    before = judged_replies(backend, measured, judge, config.tokens)
     orthogonalise(backend.model, best.vector, config.scale, writers)
     about = {"direction": best.name, "layer": best.layer, "scale": config.scale, "of": backend.fingerprint}
     about |= {"writers": [writer.name for writer in writers], "vector": best.vector, "provenance": record}
@@ -90,7 +97,8 @@ def abliterate(config: Config) -> Path:
     save_checkpoint(backend.model, backend.tokenizer, checkpoint, about)
     del backend  # two copies of a large model may not fit
     saved = load_backend(checkpoint, "hooks", dtype=dtype, **options)
-    data["checkpoint"] = _measured(config, saved, measured, log_probs, best)
+    after = judged_replies(saved, measured, judge, config.tokens)
+    data["checkpoint"] = _measured(config, saved, measured, log_probs, best, {"before": before, "after": after})
     save_result(config.out, KIND, data, tensors, provenance=record)
     _console().print(_checkpoint_table(data["checkpoint"]))
     return config.out
@@ -117,15 +125,16 @@ def _sweep(
         "refused": config.refused,
         "writers": config.writers,
         "scale": config.scale,
-        "base_refused": {name: asdict(rate) for name, rate in prompts.refused(prompts.base).items()},
+        "base_above_zero": {name: asdict(rate) for name, rate in prompts.above_zero(prompts.base).items()},
         "sweep": [_entry(c, found[c.name], candidates) for c in candidates],
         "null_random_directions": plain,
     }
     best = choose(candidates, found, config.refused, config.kl_limit, backend.n_layers)
     if best is not None:
         equal = equal_dose_null(backend, best.vector, sites, config.scale, randoms, prompts, config.refused)
-        data |= {"chosen": best.name, "null_equal_dose": equal}
-        _console().print(_against_null(best, found[best.name].change[config.refused], equal), markup=False)
+        data |= {"chosen": best.name, "edge": at_edge(best, candidates), "null_equal_dose": equal}
+        edge = " It is at the edge of the depths that were read." if data["edge"] else ""
+        _console().print(_against_null(best, found[best.name].change[config.refused], equal) + edge, markup=False)
     return data, best
 
 
@@ -172,22 +181,34 @@ def _from_file(path: Path, layer: int | None, backend: Backend) -> Candidate:
 def _prompts(config: Config, backend: Backend, split: Split, n: int, token_ids: tuple[int, ...]) -> Prompts:
     template = backend.template()
     names = dict.fromkeys((config.refused, config.kept, config.answered))
-    sets = {k: load_prompts(k).split(split).sample(n, config.seed) for k in names}
-    rows = {k: template.encode_all(found.texts) for k, found in sets.items()}
+    asked = {k: list(load_prompts(k).split(split).sample(n, config.seed)) for k in names}
+    rows = {k: template.encode_all([prompt.prompt for prompt in own]) for k, own in asked.items()}
     talks = load_prompts("conversations").unsplit.split(split).sample(config.conversations, config.seed)
     base = {name: log_odds(backend, own, token_ids) for name, own in rows.items()}
-    return Prompts(
-        rows,
-        base,
-        [template.encode(p.prompt, p.answer) for p in talks],
-        token_ids,
-        {k: [p.subject for p in found] for k, found in sets.items()},
-        [p.subject for p in talks],
-    )
+    benign = [template.encode(p.prompt, p.answer) for p in talks]
+    return Prompts(asked, rows, base, benign, token_ids, [p.subject for p in talks])
 
 
-def _measured(config: Config, saved: Backend, prompts: Prompts, log_probs: Tensor, best: Candidate) -> dict[str, Any]:
-    """The checkpoint as loaded from disk, beside the unedited model's log-odds and answer log-probabilities (`log_probs`)."""
+def _measured(
+    config: Config,
+    saved: Backend,
+    prompts: Prompts,
+    log_probs: Tensor,
+    best: Candidate,
+    replies: Mapping[str, Mapping[str, list[Reply]]],
+) -> dict[str, Any]:
+    """The checkpoint as loaded from disk, beside the unedited model's log-odds and answer log-probabilities (`log_probs`); judged
+    replies of both, of which rates are kept."""
+    subjects = {name: prompts.subjects(name) for name in prompts.asked}
+
+    def refused(side: str) -> dict[str, Any]:
+        flags = {name: [reply.verdict.refused for reply in found] for name, found in replies[side].items()}
+        return {name: asdict(Rate.of(flags[name], clusters=subjects[name])) for name in flags}
+
+    def read_out(side: str) -> dict[str, Any]:
+        every = [reply for found in replies[side].values() for reply in found]
+        return validation_of(side, every, [f"{name} {s}" for name in replies[side] for s in subjects[name]]).data()
+
     after = {name: log_odds(saved, rows, prompts.token_ids) for name, rows in prompts.rows.items()}
     component = stream_component(saved, prompts.rows[config.refused], best.vector)
     shift = (answer_log_probs(saved, prompts.benign) - log_probs).abs()
@@ -196,8 +217,10 @@ def _measured(config: Config, saved: Backend, prompts: Prompts, log_probs: Tenso
         "answer_shift": asdict(Estimate.of(shift.numpy(), clusters=prompts.benign_subjects, seed=config.seed)),
         "fingerprint": saved.fingerprint,
         "change": {name: asdict(e) for name, e in prompts.changes(after, config.seed).items()},
-        "refused_before": {name: asdict(rate) for name, rate in prompts.refused(prompts.base).items()},
-        "refused_after": {name: asdict(rate) for name, rate in prompts.refused(after).items()},
+        "refused_before": refused("before"),
+        "refused_after": refused("after"),
+        "empty": sum(reply.empty for found in replies["after"].values() for reply in found),
+        "read_out": {side: read_out(side) for side in replies},
         "component": {str(site): value for site, value in component.items()},
     }
 
@@ -217,19 +240,23 @@ def _entry(c: Candidate, e: Effects, candidates: Sequence[Candidate]) -> dict[st
 def sweep_table(
     config: Config, candidates: Sequence[Candidate], found: Mapping[str, Effects], plain: Sequence[float]
 ) -> Table:
-    """Depth by depth: change of the refusal log-odds of each set, what is still refused, and the KL."""
+    """Depth by depth: change of the refusal log-odds of each set, the share above 0, and the KL."""
     low, high = min(plain), max(plain)
     table = Table(
         title=f"Ablation of one direction at all writers ({config.writers}, scale {config.scale:g}); change of refusal "
         f"log-odds in nats.\n{len(plain)} random directions change '{config.refused}' by {low:.2f} to {high:.2f}"
     )
     sets = list(next(iter(found.values())).change)
-    for column in ("read at", "layer", *sets, f"still refused, {config.refused}", "KL (nats per token)"):
+    for column in ("read at", "layer", *sets, f"log-odds above 0, {config.refused}", "KL (nats per token)"):
         table.add_column(column)
     for c in candidates:
         e = found[c.name]
         table.add_row(
-            c.name, str(c.layer), *(_cell(e.change[name]) for name in sets), str(e.refused[config.refused]), _cell(e.kl)
+            c.name,
+            str(c.layer),
+            *(_cell(e.change[name]) for name in sets),
+            str(e.above_zero[config.refused]),
+            _cell(e.kl),
         )
     return table
 
@@ -239,21 +266,22 @@ def _cell(e: Estimate) -> str:
 
 
 def _against_null(best: Candidate, effect: Estimate, equal: Sequence[float]) -> str:
-    spread = float(np.std(equal, ddof=1))
-    z = (effect.value - float(np.mean(equal))) / spread if spread > 0 else 0.0
-    beaten = sum(abs(x) < abs(effect.value) for x in equal)
+    beside = Beside.of(effect.value, equal)
+    low, high = beside.band
     return (
-        f"Chosen: {best.name} (layer {best.layer}). Change {effect}; the same dose along random directions: "
-        f"{min(equal):.2f} to {max(equal):.2f} (z = {z:.1f}, larger than {beaten} of {len(equal)})."
+        f"Chosen: {best.name} (layer {best.layer}). Change {effect}; the same dose along {len(equal)} random directions: "
+        f"{low:.2f} to {high:.2f} (z = {beside.z:.1f}, p = {beside.p():.2g}, at least {beside.least_p:.2g})."
     )
 
 
 def _checkpoint_table(measured: Mapping[str, Any]) -> Table:
     left = max(measured["component"].values())
     table = Table(
-        title=f"The saved checkpoint, loaded again; largest part of the stream along the direction: {left:.2g}"
+        title=f"The saved checkpoint, loaded again; largest part of the stream along the direction: {left:.2g}\n"
+        f"log-odds against its judged replies: {measured['read_out']['after']['words']}"
+        f"{'' if measured['read_out']['after']['valid'] else ' (not validated)'}; {measured['empty']} replies are empty"
     )
-    for column in ("set", "n", "refused before", "refused after", "change of log-odds (nats)"):
+    for column in ("set", "n", "refused before, judged", "after", "change of log-odds (nats)"):
         table.add_column(column)
     for name, change in measured["change"].items():
         before, after = measured["refused_before"][name], measured["refused_after"][name]

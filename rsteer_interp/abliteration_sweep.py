@@ -20,10 +20,14 @@ from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.backends.hooks import find_blocks
 from rsteer_interp.batch import Tokens
 from rsteer_interp.directions import Evidence, MeanDifference, fit_directions
+from rsteer_interp.equal_norm import turned_edits
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import answer_effects, log_odds
-from rsteer_interp.interventions import AblateSubspace, Everywhere
+from rsteer_interp.evaluation import answer_effects, log_odds, log_odds_of_each
+from rsteer_interp.judges.base import Judge
+from rsteer_interp.prompts import Prompt
+from rsteer_interp.refusal_scores import Reply, replies_of_each
 from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.weight_edit import writer_ablation
 
 DEEPEST = 0.8  # a direction read at or below this share of the depth is not chosen
 
@@ -41,34 +45,37 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Rows of one split with the unedited model's refusal log-odds, and benign conversations; and the subjects of either."""
+    """Prompts of one split by set, as rows with the unedited model's refusal log-odds, and benign conversations with their subjects."""
 
+    asked: Mapping[str, list[Prompt]]
     rows: Mapping[str, list[Tokens]]
     base: Mapping[str, Float[Tensor, " prompt"]]
     benign: list[Tokens]
     token_ids: tuple[int, ...]
-    subjects: Mapping[str, list[str]]
     benign_subjects: list[str]
 
-    def changes(self, after: Mapping[str, Float[Tensor, " prompt"]], seed: int) -> dict[str, Estimate]:
-        """Mean change of the log-odds by set, with its interval over subjects."""
-        return {
-            name: Estimate.of((odds - self.base[name]).numpy(), clusters=self.subjects[name], seed=seed)
-            for name, odds in after.items()
-        }
+    def subjects(self, name: str) -> list[str]:
+        return [prompt.subject for prompt in self.asked[name]]
 
-    def refused(self, odds: Mapping[str, Float[Tensor, " prompt"]]) -> dict[str, Rate]:
-        """Share of prompts with log-odds above 0, by set."""
-        return {name: Rate.of((x > 0).numpy(), clusters=self.subjects[name]) for name, x in odds.items()}
+    def above_zero(self, odds: Mapping[str, Float[Tensor, " prompt"]]) -> dict[str, Rate]:
+        """Share of each set's prompts with log-odds above 0."""
+        return {name: Rate.of((of > 0).numpy(), clusters=self.subjects(name)) for name, of in odds.items()}
+
+    def changes(self, odds: Mapping[str, Float[Tensor, " prompt"]], seed: int) -> dict[str, Estimate]:
+        """Mean change of each set's log-odds from the unedited model's, nats."""
+        return {
+            name: Estimate.of((of - self.base[name]).numpy(), clusters=self.subjects(name), seed=seed)
+            for name, of in odds.items()
+        }
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What an edit does: change of the log-odds (nats) by set, share of prompts with log-odds above 0 after it, KL (nats per
-    token of benign answers)."""
+    """What an edit does: change of the log-odds (nats) by set, share of prompts with log-odds above 0 after it (no rate of refusal:
+    nothing is judged in a sweep), KL (nats per token of benign answers)."""
 
     change: dict[str, Estimate]
-    refused: dict[str, Rate]
+    above_zero: dict[str, Rate]
     kl: Estimate
 
 
@@ -128,11 +135,22 @@ def effects(backend: Backend, edit: Edit, prompts: Prompts, seed: int = 0) -> Ef
     after = {name: log_odds(backend, rows, prompts.token_ids, edit) for name, rows in prompts.rows.items()}
     return Effects(
         prompts.changes(after, seed),
-        prompts.refused(after),
+        prompts.above_zero(after),
         Estimate.of(
             answer_effects(backend, prompts.benign, edit).kl.numpy(), clusters=prompts.benign_subjects, seed=seed
         ),
     )
+
+
+def judged_replies(backend: Backend, prompts: Prompts, judge: Judge, tokens: int) -> dict[str, list[Reply]]:
+    """A judged greedy reply to every prompt, by set, with its log-odds."""
+    out = {}
+    for name, asked in prompts.asked.items():
+        texts, rows = [prompt.prompt for prompt in asked], prompts.rows[name]
+        (out[name],) = replies_of_each(
+            backend, rows, texts, judge, [None], max_new_tokens=tokens, refusal_tokens=prompts.token_ids
+        )
+    return out
 
 
 def equal_dose_null(
@@ -144,10 +162,11 @@ def equal_dose_null(
     prompts: Prompts,
     name: str,
 ) -> list[float]:
-    """Mean changes under h - scale <h, r> u for random unit u: every state is moved as far as by the ablation of r."""
-    unit = (direction.double() / direction.double().norm())[None]
-    nulls = [Everywhere({site: AblateSubspace(site, unit, u[None], scale) for site in sites}) for u in randoms.double()]
-    return [mean_change(backend, null, prompts, name) for null in nulls]
+    """Mean changes where every state is moved as far as the ablation of r moves it, but along random unit vectors."""
+    ablation = writer_ablation(direction, sites, scale)
+    nulls = turned_edits(ablation, backend.run, direction[None], list(randoms[:, None]))
+    after = log_odds_of_each(backend, prompts.rows[name], prompts.token_ids, nulls)
+    return [float(change) for change in (after - prompts.base[name]).mean(1)]
 
 
 def mean_change(backend: Backend, edit: Edit, prompts: Prompts, name: str) -> float:
@@ -165,3 +184,9 @@ def choose(
         return candidates[0]
     eligible = [c for c in candidates if c.layer < DEEPEST * n_layers and found[c.name].kl.value <= kl_limit]
     return min(eligible, key=lambda c: found[c.name].change[name].value, default=None)
+
+
+def at_edge(best: Candidate, candidates: Sequence[Candidate]) -> bool:
+    """Whether the chosen depth is the shallowest or the deepest of several that were read: the best may lie beyond it."""
+    layers = sorted({c.layer for c in candidates})
+    return len(layers) > 1 and best.layer in (layers[0], layers[-1])

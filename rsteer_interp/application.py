@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +19,8 @@ from rsteer_interp.judges.base import Judge
 from rsteer_interp.processes import is_first
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Prompt, load_prompts
+from rsteer_interp.provenance import Provenance, json_text
 from rsteer_interp.refusal_scores import Reply, cut, reply_and_judge
-from rsteer_interp.results import Provenance
 from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.steering import load_steering
 
@@ -52,9 +51,9 @@ def apply_steering(config: Config) -> Path:
     summary = _summary(lines, [p.subject for p in prompts])
     record = Provenance.collect(backend, config=config, template=backend.template())
     contents = {
-        "responses.jsonl": "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-        "provenance.json": record.model_dump_json(indent=1) + "\n",
-        "summary.json": json.dumps(summary, indent=1) + "\n",
+        "responses.jsonl": "".join(json_text(line, "reply", indent=None) + "\n" for line in lines),
+        "provenance.json": json_text(record, "provenance") + "\n",
+        "summary.json": json_text(summary, "summary") + "\n",
     }
     if is_first():
         with held(config.out, FILES, write=True) as place:

@@ -7,8 +7,10 @@ mask and the position ids always travel with the ids (a left-padded row without 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +20,10 @@ from torch import Tensor
 
 from rsteer_interp.errors import UserError
 
+TODAY = datetime(2025, 1, 1)
+"""The date that chat templates which tell the model today's date (`strftime_now`) get here, so that a prompt is the same every
+day. A template's own variable (`date_string`) goes before it, where `options` holds one."""
+_CLOCK = "strftime_now"
 _SENTINEL = "\ue000instruction\ue001"  # private-use characters: no template and no tokenizer treats them specially
 
 
@@ -66,9 +72,12 @@ class Start:
         return Start(self.layer, states, self.prefix[:, :shared])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Left-padded rows of token ids with mask, position ids and span ends (as position ids, so padding-free)."""
+    """Left-padded rows of token ids with mask, position ids and span ends (as position ids, so padding-free).
+
+    A batch is equal to itself alone; `rows` are its content.
+    """
 
     ids: Int[Tensor, "row pos"]
     mask: Bool[Tensor, "row pos"]
@@ -168,12 +177,13 @@ def thrifty_groups(rows: Sequence[Tokens], batch_size: int, shared: int, pass_co
 class ChatTemplate:
     """Renders an instruction with the tokenizer's chat template, to ids, without adding special tokens a second time.
 
-    `options` go to the template as they are (`{"enable_thinking": False}` for models that can think aloud).
+    `options` go to the template as they are (`{"enable_thinking": False}` for models that can think aloud). A template that
+    asks for the date gets TODAY.
     """
 
     tokenizer: Any
     system: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -200,7 +210,7 @@ class ChatTemplate:
             messages.insert(0, {"role": "system", "content": self.system})
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.options
+                messages, tokenize=False, add_generation_prompt=True, **(self.options | self._dated)
             )
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             raise UserError(
@@ -245,7 +255,43 @@ class ChatTemplate:
                 return int(token)
         return 0
 
+    @cached_property
+    def _dated(self) -> dict[str, str]:
+        """The template, of those that ask for the date, with a clock of its own, which stands at TODAY."""
+        text = self.options.get("chat_template") or self.tokenizer.chat_template
+        if isinstance(text, dict):  # several by name
+            text = text.get("default", "")
+        return {"chat_template": _clock() + text} if _CLOCK in text else {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as the template's author would have it."""
+        return (f"the chat template tells the model that today is {TODAY.day} {TODAY:%B %Y}",) if self._dated else ()
+
     @property
     def digest(self) -> str:
-        """Hash of the rendered template around an instruction, for provenance and cache keys."""
+        """Hash of the rendered template around an instruction, for provenance."""
         return hashlib.blake2b("\0".join(self._frame()).encode(), digest_size=8).hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What token ids depend on, for keys: the template as it frames an instruction, and the tokenizer."""
+        return {"frame": self._frame(), "tokenizer": self._vocabulary}
+
+    @cached_property
+    def _vocabulary(self) -> str:
+        """Hash of the tokenizer, without padding and truncation, which callers set and which are not used here."""
+        whole = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        kept = {name: part for name, part in whole.items() if name not in ("padding", "truncation")}
+        return hashlib.blake2b(json.dumps(kept, sort_keys=True, allow_nan=False).encode(), digest_size=8).hexdigest()
+
+
+def _clock() -> str:
+    """Template text that defines `strftime_now` anew; a date has its directives filled in one by one."""
+    filled = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAbBcdGHIjmMpSuUVwWxXyYzZ"}
+    filled |= {f"%-{letter}": filled[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMSy"}  # without zeros before
+    return (
+        f"{{%- macro {_CLOCK}(format) -%}}{{%- set ns = namespace(text=format) -%}}"
+        f"{{%- for directive, value in {filled!r}.items() -%}}"
+        "{%- set ns.text = ns.text.replace(directive, value) -%}{%- endfor -%}{{- ns.text -}}{%- endmacro +%}"
+    )

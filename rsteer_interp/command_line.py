@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -29,6 +30,7 @@ def run(config_type: type[ConfigT], function: Callable[[ConfigT], object], argv:
 
 def _run(function: Callable[[ConfigT], object], config: ConfigT) -> int:
     try:
+        _check_numbers(config)
         with together(getattr(config, "device_map", None)):
             found = function(config)
     except UserError as error:
@@ -38,3 +40,11 @@ def _run(function: Callable[[ConfigT], object], config: ConfigT) -> int:
         print("interrupted; run the same command again to continue from the last finished stage", file=sys.stderr)
         return 130
     return found if isinstance(found, int) else 0
+
+
+def _check_numbers(config: object) -> None:
+    """UserError for an option that is NaN or infinite, or overflows (1e999): it would come out as a result."""
+    for name, value in vars(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"--{name.replace('_', '-')} is {number}; give a finite number")

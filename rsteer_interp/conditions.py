@@ -17,6 +17,7 @@ from torch import Tensor
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import Condition, Roc, Rule, roc
+from rsteer_interp.interventions import check_finite
 from rsteer_interp.pooling import Pooling
 from rsteer_interp.statistics.intervals import Clusters
 
@@ -101,6 +102,7 @@ class Similarity(_Combines):
         norm = float(self.vector.double().norm())
         if not 0 < norm < float("inf"):
             raise UserError(f"condition vector at {self.site} has length {norm}; it needs a finite, nonzero length")
+        check_finite(f"the threshold of a condition at {self.site}", self.threshold)
         if self.fires not in FIRES:
             raise UserError(f"a condition cannot fire '{self.fires}' its threshold; choose 'above' or 'below'")
 

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from rsteer_interp.backends import configured_backend
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
-from rsteer_interp.prompts import load_prompts
+from rsteer_interp.judges import load_judge
+from rsteer_interp.prompts import Prompt, load_prompts
 from rsteer_interp.results import Provenance, save_result
 from rsteer_interp.steering import Steering
 from rsteer_interp.vector_controls import Controls, controls, opening_token_ids
@@ -58,37 +58,23 @@ def convert(config: Config) -> Path | None:
 def run_controls(config: Config, backend: Backend, steering: Steering) -> Controls:
     """The controls on the select split's prompts that the model refuses, by first-token log-odds above 0."""
     tokens = steering.refusal_tokens or opening_token_ids(backend.tokenizer, config.refusal_words)
-    refused, subjects = refused_rows(backend, config.refused, config.prompts, tokens, config.seed)
+    refused = refused_prompts(backend, config.refused, config.prompts, tokens, config.seed)
     talks = load_prompts("conversations").sample(config.conversations, config.seed)
-    template = backend.template()
-    benign = [template.encode(p.prompt, p.answer) for p in talks]
-    return controls(
-        backend,
-        steering,
-        refused,
-        benign,
-        tokens,
-        subjects=subjects,
-        benign_subjects=[p.subject for p in talks],
-        n_random=config.random,
-        seed=config.seed,
-    )
+    judge = load_judge(config.judge, backend)
+    return controls(backend, steering, refused, list(talks), tokens, judge, n_random=config.random, seed=config.seed)
 
 
-def refused_rows(
-    backend: Backend, name: str, n: int, tokens: Sequence[int], seed: int
-) -> tuple[list[Tokens], list[str]]:
-    """Up to n prompts of the set's select split with refusal log-odds above 0, with their subjects; UserError for too few."""
+def refused_prompts(backend: Backend, name: str, n: int, tokens: Sequence[int], seed: int) -> list[Prompt]:
+    """Up to n prompts of the set's select split with refusal log-odds above 0; UserError for too few."""
     prompts = list(load_prompts(name).split("select").sample(n, seed))
-    rows = backend.template().encode_all([p.prompt for p in prompts])
-    kept = (log_odds(backend, rows, tokens) > 0).nonzero()[:, 0].tolist()
-    refused = [rows[i] for i in kept]
+    odds = log_odds(backend, backend.template().encode_all([p.prompt for p in prompts]), tokens)
+    refused = [prompt for prompt, value in zip(prompts, odds.tolist(), strict=True) if value > 0]
     if len(refused) < LEAST_REFUSED:
         raise UserError(
-            f"this model refuses {len(refused)} of {len(rows)} prompts of '{name}' by first-token log-odds, too few to see "
+            f"this model refuses {len(refused)} of {len(prompts)} prompts of '{name}' by first-token log-odds, too few to see "
             "an effect on; give a set that it refuses, or other words that open its refusals"
         )
-    return refused, [prompts[i].subject for i in kept]
+    return refused
 
 
 def _backend(config: Config, model: str) -> Backend:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
+from rsteer_interp.interventions import check_finite
 from rsteer_interp.nulls import random_unit_vectors
 
 Noise = Literal["sphere", "axis"]
@@ -36,6 +37,9 @@ class EmbeddingNoise:
     pointwise = False
     leaves_prefix = True
     sites = frozenset({Site(0)})
+
+    def __post_init__(self) -> None:
+        check_finite("the dose of an embedding noise", self.dose)
 
     def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
         if at.phase != "prompt":

@@ -22,6 +22,7 @@ from rsteer_interp.agreement import auc_estimate
 from rsteer_interp.backends.edits import At, Edit, Site, rowwise
 from rsteer_interp.directions.ridge import ridge_solve
 from rsteer_interp.errors import UserError
+from rsteer_interp.interventions import check_finite
 from rsteer_interp.moments import Moments
 from rsteer_interp.pooling import Pooling, pooled
 from rsteer_interp.statistics.draws import percentiles
@@ -65,6 +66,10 @@ class Gate:
     threshold: float
     score: Score = "projection"
     pooling: Pooling = "last"
+
+    def __post_init__(self) -> None:
+        check_finite(f"the threshold of a gate at {self.site}", self.threshold)
+        check_finite(f"the direction of a gate at {self.site}", self.direction)
 
     def scores(self, states: Float[Tensor, "row d"]) -> Float[Tensor, " row"]:
         wide = torch.float64 if states.device.type == "cpu" else torch.float32

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,16 @@ from rsteer_interp.errors import UserError
 
 Key = tuple[torch.device, torch.dtype]
 Copies = tuple[Tensor, Tensor]
+
+
+def check_finite(what: str, value: float | Tensor | None) -> None:
+    """UserError for a number, or a tensor with one, that is NaN or infinite."""
+    finite = value is None or (
+        bool(value.detach().isfinite().all()) if isinstance(value, Tensor) else math.isfinite(value)
+    )
+    if not finite:
+        shown = "not finite" if isinstance(value, Tensor) else f"{value}, which is not finite"
+        raise UserError(f"{what} is {shown}; give a finite number")
 
 
 def _kept(copies: dict[Key, Copies], key: Key, make: Callable[[Key], Copies], of: tuple[Tensor | None, ...]) -> Copies:
@@ -48,12 +59,14 @@ class Affine:
     kappa: float | Float[Tensor, " row"] = 0.0
     reference: Float[Tensor, " d"] | None = None
     amount: float | Float[Tensor, " row"] = 0.0
-    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False)
+    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         norm = float(self.direction.detach().double().norm())
         if not norm > 0 or norm == float("inf"):
             raise UserError(f"direction at {self.site} has length {norm}; a direction needs a finite, nonzero length")
+        for name, value in (("kappa", self.kappa), ("reference", self.reference), ("amount", self.amount)):
+            check_finite(f"the {name} of an edit at {self.site}", value)
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -133,13 +146,19 @@ def set_component(
 
 @dataclass(frozen=True, eq=False)
 class Displace:
-    """h' = h - <h, v> u, u and v unit vectors: ablation for u = v, else its equal-norm null, as large at every position."""
+    """h' = h - <h, v> u, u and v unit vectors: ablation for u = v, else its null, as large at every position.
+
+    For one site: at later ones a displacement finds what an ablation has taken away (`equal_norm` has the null of several).
+    """
 
     site: Site
     v: Float[Tensor, " d"]
     u: Float[Tensor, " d"]
 
     pointwise = True
+
+    def __post_init__(self) -> None:
+        check_finite(f"a vector of a displacement at {self.site}", torch.stack([self.v, self.u]))
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -162,11 +181,12 @@ class AblateSubspace:
     basis: Float[Tensor, "k d"]
     into: Float[Tensor, "k d"] | None = None
     scale: float = 1.0
-    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False)
+    _copies: dict[Key, Copies] = field(default_factory=dict, repr=False, compare=False)
 
     pointwise = True
 
     def __post_init__(self) -> None:
+        check_finite(f"the scale of an ablation at {self.site}", self.scale)
         into = self.basis if self.into is None else self.into
         if into.shape != self.basis.shape:
             raise UserError(

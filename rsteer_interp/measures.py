@@ -21,12 +21,13 @@ LEAST_PAIRS = 6  # answers with a partner from which a ratio of perplexities is 
 def refusal_log_odds(logits: Float[Tensor, "*rows vocab"], token_ids: Sequence[int]) -> Float[Tensor, "*rows"]:
     """log(p_R + 1e-8) - log(1 - p_R + 1e-8), p_R = summed softmax probability of the refusal tokens; in nats, float64.
 
-    Arditi et al. (arXiv 2406.11717), section 2.4 and their code. Bounded by about +/- 18.4.
+    Arditi et al. (arXiv 2406.11717), section 2.4 and their code. Bounded by about +/- 18.4. Logits of -inf are probabilities
+    of 0; UserError for a row with a NaN or +inf, or with -inf alone.
     """
     if not token_ids:
         raise UserError("no refusal tokens given; find them from judged replies with `refusal_tokens`")
     p = logits.double().softmax(-1)[..., list(token_ids)].sum(-1)
-    return (p + _EPSILON).log() - (1 - p + _EPSILON).log()
+    return _finite((p + _EPSILON).log() - (1 - p + _EPSILON).log(), "refusal log-odds")
 
 
 def refusal_tokens(
@@ -59,15 +60,24 @@ def token_log_probs(logits: Float[Tensor, "row pos vocab"], ids: Int[Tensor, "ro
 
 
 def masked_mean(values: Float[Tensor, "row pos"], mask: Bool[Tensor, "row pos"]) -> Float[Tensor, " row"]:
-    """Mean over the true positions of each row, in float64."""
-    return torch.where(mask, values.double(), 0.0).sum(-1) / mask.sum(-1)
+    """Mean over the true positions of each row, in float64. UserError where it is not finite, or there is no such position."""
+    return _finite(torch.where(mask, values.double(), 0.0).sum(-1) / mask.sum(-1), "a mean over tokens")
+
+
+def _finite(values: Float[Tensor, "*rows"], what: str) -> Float[Tensor, "*rows"]:
+    if not bool(values.detach().isfinite().all()):
+        raise UserError(
+            f"{what} is not a finite number; a prompt has no such token, or the model's logits are not finite "
+            "(try --dtype float32, or a smaller edit)"
+        )
+    return values
 
 
 def kl_divergence(
     base: Float[Tensor, "row pos vocab"], edited: Float[Tensor, "row pos vocab"]
 ) -> Float[Tensor, "row pos"]:
     """KL(base || edited) at each position over the vocabulary, in nats; from log-softmax, no epsilon. Never negative
-    but for rounding."""
+    but for rounding. NaN where logits are; infinite where the edit forbids a token (-inf) that the base allows."""
     return torch.stack([_kl(p, q) for p, q in zip(base, edited, strict=True)])  # by rows: a vocabulary is wide
 
 

@@ -55,6 +55,27 @@ class Patch:
 
 
 @dataclass(frozen=True, eq=False)
+class PatchLast:
+    """The last prompt token's state at a site becomes a given one, for every row; a patch of one place that can also be generated under."""
+
+    site: Site
+    value: Float[Tensor, " d"]
+
+    pointwise = False
+    rowwise = True
+    leaves_prefix = True  # the last prompt token is never in the template prefix
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset({self.site})
+
+    def __call__(self, x: Float[Tensor, "row pos d"], at: At) -> Float[Tensor, "row pos d"]:
+        if at.phase != "prompt":
+            return x
+        return torch.cat([x[:, :-1], self.value.to(x).expand(len(x), 1, -1)], 1)
+
+
+@dataclass(frozen=True, eq=False)
 class RecordAll:
     """Keeps all states of a prompt pass at its sites."""
 

@@ -6,6 +6,7 @@ Nothing here may tell where on the machine something lay or hold a key: absolute
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import platform
 import re
@@ -70,6 +71,11 @@ def _plain_mapping(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where} has the key {key!r}, not a name of its own; use distinct strings")
         out[str(name)] = plain(item, f"{where}.{name}" if where != "value" else str(name))
     return out
+
+
+def json_text(value: Any, where: str = "value", *, indent: int | None = 1, sort_keys: bool = False) -> str:
+    """The value as JSON text, of numbers that JSON has: what is not finite is refused by name. All that is kept goes here."""
+    return json.dumps(plain(value, where), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
 
 
 def scrub(value: Any) -> Any:
@@ -171,7 +177,9 @@ class Provenance(BaseModel):
             prompt_sets={name: digest_of(item) for name, item in sets.items()},
             packages=_versions(),
             platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-            notes=[_scrub_text(note) for note in (*getattr(backend, "notes", ()), *notes)],
+            notes=[
+                _scrub_text(note) for note in (*getattr(backend, "notes", ()), *getattr(template, "notes", ()), *notes)
+            ],
             inputs={name: digest_of(item) for name, item in (inputs or {}).items()},
         )
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from rsteer_interp.complete_folder import held, publish
 from rsteer_interp.errors import UserError
+from rsteer_interp.key import digest, parts, versions
 from rsteer_interp.processes import from_first, is_first
-from rsteer_interp.provenance import Provenance, plain
+from rsteer_interp.provenance import Provenance, json_text, plain
 
-__all__ = ["Provenance", "Result", "key_digest", "load_result", "plain", "save_result", "stage"]
+__all__ = ["Provenance", "Result", "load_result", "plain", "save_result", "stage"]
 
 FORMAT = 1
 _JSON, _TENSORS, _PROVENANCE = "result.json", "tensors.safetensors", "provenance.json"
@@ -45,6 +48,8 @@ class Result:
     digest: str
     key: str | None = None
     """Digest of what the outcome depends on, for a result that `stage` wrote."""
+    key_parts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Digests of the key's parts by name, from which `stage` tells what changed."""
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """The named tensor; with `shape` given, its shape is checked (-1: any length)."""
@@ -65,16 +70,14 @@ def save_result(
     tensors: Mapping[str, Tensor] | None = None,
     *,
     provenance: Provenance,
-    key: Mapping[str, Any] | None = None,
 ) -> Result:
     """Write a result, all of it or nothing; a result of the same kind already there is replaced, other files in the
     folder stay. Refuses numbers that are not finite, and to overwrite anything that is not a result of this kind."""
-    digest = None if key is None else key_digest(kind, key)
-    return from_first(lambda: _save(Path(folder), kind, data, tensors, provenance, digest))
+    return from_first(lambda: _save(Path(folder), kind, data, tensors, provenance))
 
 
 def load_result(folder: Path | str, *, kind: str | None = None, fingerprint: str | None = None) -> Result:
-    """The complete result in `folder`, checked: of this kind, of the model with this fingerprint, undamaged, no NaN."""
+    """The complete result in `folder`, checked: of this kind, of the model with this fingerprint, undamaged, all numbers finite."""
     folder = Path(folder)
     with held(folder, _FILES, write=False) as place:
         if not (place / _JSON).is_file():
@@ -99,25 +102,40 @@ def stage(
     compute: Callable[[], tuple[Any, Mapping[str, Tensor] | None]],
     provenance: Provenance | Callable[[], Provenance],
 ) -> Result:
-    """The result for `key` (all that the outcome depends on): from `folder` when it is there, else computed, saved.
+    """The result for `key`: from `folder` when it is there, else computed, saved.
+
+    `key` holds all objects that the outcome depends on (see `key`); the versions of packages are added. Where a result is
+    there and its key is another, one line on standard error says what is computed again, and which parts changed.
 
     This is how long runs resume. A second program that wants the same folder waits and then reads. `provenance` may be
     a function; it is called after `compute`, so it sees the notes of the run. The processes of a torchrun compute
     together; the first reads and writes, and all get its result.
     """
-    folder, digest = Path(folder), key_digest(kind, key)
+    folder, whole = Path(folder), {**key, "packages": versions()}
+    wanted, named = digest([FORMAT, kind, whole]), parts(whole)
     with held(folder, _FILES, write=True, lock="work") if is_first() else nullcontext():
         found = from_first(lambda: _found(folder, kind))
-        if found is not None and found.key == digest:
+        if found is not None and found.key == wanted:
             return found
+        if found is not None and is_first():
+            print(f"computing step '{folder.name}' again: {_changed(found.key_parts, named)}", file=sys.stderr)
         data, tensors = compute()
         record = provenance if isinstance(provenance, Provenance) else provenance()
-        return from_first(lambda: _save(folder, kind, data, tensors, record, digest))
+        return from_first(lambda: _save(folder, kind, data, tensors, record, wanted, named))
 
 
-def key_digest(kind: str, key: Mapping[str, Any]) -> str:
-    """Digest of a stage's key; equal for equal plain values, whatever the order of its entries."""
-    return _digest(_json_bytes({"kind": kind, "key": plain(key, "key"), "format": FORMAT}))
+_MOST = 3  # parts of a key that are named
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What is not as it was, in words."""
+    if not before:
+        return "an earlier version of this package kept it"
+    names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    if not names:
+        return "what it depends on changed"
+    more = f" and {len(names) - _MOST} more parts" if len(names) > _MOST else ""
+    return f"{', '.join(names[:_MOST])}{more} of what it depends on changed"
 
 
 def _found(folder: Path, kind: str) -> Result | None:
@@ -131,7 +149,13 @@ def _found(folder: Path, kind: str) -> Result | None:
 
 
 def _save(
-    folder: Path, kind: str, data: Any, tensors: Mapping[str, Tensor] | None, provenance: Provenance, key: str | None
+    folder: Path,
+    kind: str,
+    data: Any,
+    tensors: Mapping[str, Tensor] | None,
+    provenance: Provenance,
+    key: str | None = None,
+    key_parts: Mapping[str, str] | None = None,
 ) -> Result:
     stored = {name: _storable(name, tensor) for name, tensor in (tensors or {}).items()}
     packed = safetensors.torch.save(stored) if stored else None
@@ -141,7 +165,7 @@ def _save(
         "key": key,
         "data": plain(data, "data"),
         "tensors_digest": None if packed is None else _digest(packed),
-    }
+    } | ({"key_parts": dict(key_parts)} if key_parts else {})
     contents = {_JSON: _json_bytes(content), _PROVENANCE: _json_bytes(plain(provenance, "provenance"))}
     if packed is not None:
         contents[_TENSORS] = packed
@@ -149,7 +173,7 @@ def _save(
         _check_replaceable(folder, place, kind)
         publish(folder, place, _FILES, contents)
     data = json.loads(contents[_JSON])["data"]  # as reading gives it, names in order, so that a resumed run is no other
-    return Result(folder, kind, data, stored, provenance, _digest(contents[_JSON]), key)
+    return Result(folder, kind, data, stored, provenance, _digest(contents[_JSON]), key, key_parts or {})
 
 
 def _check_replaceable(folder: Path, place: Path, kind: str) -> None:
@@ -178,7 +202,7 @@ def _storable(name: str, tensor: Tensor) -> Tensor:
 def _read(folder: Path, place: Path) -> Result:
     try:
         raw = (place / _JSON).read_bytes()
-        content = json.loads(raw, parse_constant=_refuse_constant)
+        content = json.loads(raw, parse_constant=_refuse_constant, parse_float=_finite)
         packed = (place / _TENSORS).read_bytes() if content["tensors_digest"] is not None else None
         if packed is not None and _digest(packed) != content["tensors_digest"]:
             raise ValueError(f"{_TENSORS} is not the file that belongs to {_JSON}")
@@ -186,7 +210,7 @@ def _read(folder: Path, place: Path) -> Result:
         provenance = Provenance.model_validate_json((place / _PROVENANCE).read_bytes())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
-        kind, data, key = content["kind"], content["data"], content["key"]
+        kind, data, key, key_parts = content["kind"], content["data"], content["key"], content.get("key_parts", {})
     except FileNotFoundError as error:
         raise UserError(f"'{folder}' is not complete ({Path(error.filename).name} is missing); {_AGAIN}") from None
     except OSError as error:
@@ -197,17 +221,23 @@ def _read(folder: Path, place: Path) -> Result:
         reason = f"{_PROVENANCE} is not valid" if isinstance(error, ValidationError) else str(error).splitlines()[0]
         raise UserError(f"'{folder}' cannot be read ({reason}); {_AGAIN}") from None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise UserError(f"'{folder}': tensor '{name}' holds NaN; {_AGAIN}")
-    return Result(folder, kind, data, tensors, provenance, _digest(raw), key)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"'{folder}': tensor '{name}' holds values that are not finite; {_AGAIN}")
+    return Result(folder, kind, data, tensors, provenance, _digest(raw), key, key_parts)
 
 
 def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return (json_text(value, sort_keys=True) + "\n").encode()
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{_JSON} holds {name}")
+
+
+def _finite(text: str) -> float:
+    """The number that the text writes; 1e999 is none."""
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text)
 
 
 def _digest(content: bytes) -> str:

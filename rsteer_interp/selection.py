@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsteer_interp.statistics.intervals import Estimate
+
 DEEPEST_EXCLUDED = 0.05  # share of the deepest sites that are never steered
 
 
@@ -89,19 +91,19 @@ def grid(ks: Sequence[int], alphas: Sequence[float], repositions: Sequence[bool]
 class Trial:
     """A setting with what was measured of it on the select split.
 
-    `removal` is Delta_c = E[c] - E[c_g] on refusing prompts; screened from the log-odds, and `judged_removal` from
-    judged replies where the setting came that far. `answer_shift` is L_g in nats.
+    `answer_shift` is L_g in nats per token. `removal` is Delta_c = E[c] - E[c_g] over refusing prompts, from judged replies; None
+    where a setting of smaller L_g had met the target. `complete`: over all of them; else the first ones ruled the setting out.
     """
 
     setting: Setting
-    removal: float
-    answer_shift: float
-    judged_removal: float | None = None
+    answer_shift: Estimate
+    removal: Estimate | None = None
+    complete: bool = False
 
 
 @dataclass(frozen=True)
 class Found:
-    """The finder's choice, whether it meets the target, and every trial."""
+    """The finder's choice, whether it meets the target, and every trial in the order of L_g."""
 
     chosen: Trial
     target_met: bool
@@ -109,35 +111,48 @@ class Found:
 
 
 def find_setting(
-    settings: Sequence[Setting],
+    answer_shifts: Mapping[Setting, Estimate],
+    falls: Callable[[Sequence[Setting], int], Sequence[Sequence[float]]],
+    subjects: Sequence[str],
     *,
     target: float,
-    removals: Callable[[Sequence[Setting]], Sequence[float]],
-    answer_shift: Callable[[Setting], float],
-    judged_removal: Callable[[Setting], float],
-    max_judged: int = 4,
-    slack: float = 0.8,
+    first: int,
+    at_once: int = 1,
 ) -> Found:
     """Among the settings whose judged removal Delta_c reaches `target`, the one with the smallest answer shift L_g.
 
-    Judging replies is dear, so all settings are first screened by the first-token log-odds: those that reach
-    `slack * target` there are judged in the order of L_g, and the first that reaches the target is the answer. When
-    none of `max_judged` does, the judged setting that removes most is returned with `target_met` False.
+    `falls(settings, n)` gives c - c_g of the first n refusing prompts under each setting, both c from replies that had no part in
+    choosing the prompts: those chosen for a high noisy c have a lower one when asked again. `subjects` are the prompts'.
+
+    Settings are judged in the order of L_g until one meets the target, so that none of a smaller L_g is left unjudged: on the `first`
+    prompts (`at_once` settings together), and on all of them unless the 95 % interval of those ends below the target. When none
+    meets it, the choice is the one that removes most.
     """
-    screened = [Trial(s, removal, 0.0) for s, removal in zip(settings, removals(settings), strict=True)]
-    promising = [t for t in screened if t.removal >= slack * target] or sorted(screened, key=lambda t: -t.removal)[
-        :max_judged
-    ]
-    shifted = [Trial(t.setting, t.removal, answer_shift(t.setting)) for t in promising]
-    trials = {t.setting: t for t in screened} | {t.setting: t for t in shifted}
-    best: Trial | None = None
-    for trial in sorted(shifted, key=lambda t: t.answer_shift)[:max_judged]:
-        judged = Trial(trial.setting, trial.removal, trial.answer_shift, judged_removal(trial.setting))
-        trials[trial.setting] = judged
-        assert judged.judged_removal is not None
-        if judged.judged_removal >= target:
-            return Found(judged, True, tuple(trials.values()))
-        if best is None or judged.judged_removal > (best.judged_removal or 0.0):
-            best = judged
-    assert best is not None
-    return Found(best, False, tuple(trials.values()))
+    order = sorted(answer_shifts, key=lambda setting: answer_shifts[setting].value)
+    removals: dict[Setting, Estimate] = {}
+    complete: set[Setting] = set()
+
+    def judge(settings: Sequence[Setting], n: int) -> None:
+        for setting, values in zip(settings, falls(settings, n), strict=True):
+            removals[setting] = Estimate.of(values, clusters=subjects[:n])
+        complete.update(settings if n == len(subjects) else ())
+
+    def removal(setting: Setting) -> float:
+        """Over all prompts."""
+        if setting not in complete:
+            judge([setting], len(subjects))
+        return removals[setting].value
+
+    def found(setting: Setting) -> Found:
+        trials = {s: Trial(s, answer_shifts[s], removals.get(s), s in complete) for s in order}
+        return Found(trials[setting], removals[setting].value >= target, tuple(trials.values()))
+
+    for i in range(0, len(order), at_once):
+        together = order[i : i + at_once]
+        judge(together, min(first, len(subjects)))
+        for setting in together:
+            if removals[setting].high >= target and removal(setting) >= target:
+                return found(setting)
+    while (best := max(order, key=lambda setting: removals[setting].value)) not in complete:
+        removal(best)  # few prompts may have said too much of it
+    return found(best)

@@ -24,7 +24,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import Gate, Gated, Score
-from rsteer_interp.interventions import OnPrompt, add, set_component
+from rsteer_interp.interventions import OnPrompt, add, check_finite, set_component
 from rsteer_interp.pooling import Pooling
 from rsteer_interp.results import Provenance, load_result, save_result
 
@@ -47,6 +47,13 @@ class Steering:
     fingerprint: str = ""
     gate: Gate | None = None
     while_decoding: bool = True
+
+    def __post_init__(self) -> None:
+        check_finite("alpha of a steering", self.alpha)
+        for site, amount in self.amounts.items():
+            check_finite(f"the amount (alpha times scale) of a steering at {site}", amount)
+        check_finite("a direction of a steering", self.directions)
+        check_finite("a reference of a steering", self.references)
 
     @property
     def k(self) -> int:

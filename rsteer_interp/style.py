@@ -6,7 +6,6 @@ Okabe and Ito's, which colour-blind readers can tell apart; every colour also ha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,6 +112,11 @@ def marker(name: str) -> str:
     return MARKERS.get(_meaning(name)) or _SPARE_MARKERS[crc32(name.encode()) % len(_SPARE_MARKERS)]
 
 
+def method_label(method: str) -> str:
+    """A method's name as tables and figures print it."""
+    return method.upper().replace("_", " ")
+
+
 def _meaning(name: str) -> str:
     known = {"political_sensitive": "political", "political_matched": "matched", "harmless_matched": "matched"}
     return known.get(name, name)
@@ -120,11 +124,11 @@ def _meaning(name: str) -> str:
 
 def save_figure(figure: Figure, stem: Path | str, data: Any) -> list[Path]:
     """Write STEM.pdf, STEM.png (200 dpi) and STEM.json (the plotted data); byte-identical when drawn again."""
-    from rsteer_interp.provenance import plain
+    from rsteer_interp.provenance import json_text
 
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(data, "figure data"), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json_text(data, "figure data", sort_keys=True) + "\n"
     dateless = {"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None}
     writers: dict[str, Callable[[Path], Any]] = {
         ".pdf": lambda path: figure.savefig(path, format="pdf", metadata=dateless),

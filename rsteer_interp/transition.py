@@ -97,7 +97,7 @@ class TransitionGate:
     dead_band: float = 0.0
     opening: str = "Sure"
     marker: Marker = "prompt_end"
-    _seen: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
+    _seen: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.dead_band < 0:

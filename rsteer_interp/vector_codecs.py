@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rsteer_interp.backends.edits import Point, Site
 from rsteer_interp.errors import UserError
+from rsteer_interp.provenance import json_text
 
 At = Literal["input", "output"]
 Content = Literal["gguf", "npy", "safetensors", "json", "pickle", "unknown"]
@@ -102,7 +103,7 @@ def steering_vectors_bytes(vectors: Vectors, path: Path) -> bytes:
     layers = {site.layer - (kind == "decoder_block"): v for site, v in sorted(vectors.added.items())}
     about = {"layer_type": kind} | ({} if vectors.sign is None else {"sign": str(vectors.sign)})
     if path.suffix == ".json":
-        return json.dumps({**about, "layer_activations": {i: v.tolist() for i, v in layers.items()}}).encode()
+        return json_text({**about, "layer_activations": layers}, path.name, indent=None).encode()
     return bytes(safetensors.torch.save({f"{LAYERS}{i}": v for i, v in layers.items()}, about))
 
 

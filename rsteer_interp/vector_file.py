@@ -6,7 +6,6 @@ the residual stream of the raw weights), estimator or method, and the fingerprin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from rsteer_interp.directions.base import Direction
 from rsteer_interp.errors import UserError
 from rsteer_interp.gates import Gate, Score
 from rsteer_interp.pooling import Pooling
-from rsteer_interp.provenance import plain
+from rsteer_interp.provenance import json_text
 from rsteer_interp.steering import Steering
 
 HEADER = "rsteer"
@@ -73,7 +72,7 @@ def packed(content: Steering | Mapping[Site, Direction]) -> bytes:
         header, tensors = _of_steering(content)
     else:
         header, tensors = _of_directions(content)
-    text = json.dumps(plain(header.model_dump(), "header"), sort_keys=True, ensure_ascii=False)
+    text = json_text(header.model_dump(), "header", indent=None, sort_keys=True)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return bytes(safetensors.torch.save(stored, {HEADER: text}))
 

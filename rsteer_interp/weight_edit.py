@@ -8,7 +8,6 @@ embedding and the first block; what they write along r then stays in the stream 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,8 @@ from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.batch import Tokens
 from rsteer_interp.complete_folder import beside, held
 from rsteer_interp.errors import UserError
-from rsteer_interp.interventions import Affine, Everywhere
-from rsteer_interp.results import plain
+from rsteer_interp.interventions import Affine, Everywhere, check_finite
+from rsteer_interp.provenance import json_text
 from rsteer_interp.weight_writers import Writer, find_writers, project
 
 Which = Literal["all", "granular"]
@@ -59,6 +58,7 @@ def orthogonalise(
             f"a direction of shape {tuple(direction.shape)} and length {length:.3g} for a stream of width {width}; "
             "give a finite vector of that width"
         )
+    check_finite("the scale of an orthogonalisation", scale)
     edited = chosen(find_writers(model), writers) if isinstance(writers, str) else tuple(writers)
     untie(model, {writer.name for writer in edited})
     parameters = dict(model.named_parameters())
@@ -106,8 +106,12 @@ def stream_component(
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path, record: Mapping[str, Any]) -> None:
     """An ordinary checkpoint folder (safetensors, config, tokenizer) with a record beside; complete or absent.
 
-    It is written beside the folder and renamed. UserError where the folder exists and holds something.
+    It is written beside the folder and renamed. UserError where the folder exists and holds something, and for weights that
+    are not finite.
     """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise UserError(f"{name} is not finite, nothing was saved; edit with a smaller scale, or a wider dtype")
     with held(folder, ("config.json",), write=True) as place:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"'{folder}' exists already; name a new folder for the checkpoint, or delete it")
@@ -116,8 +120,7 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path, record: Mapping[st
             partial.mkdir()
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            text = json.dumps(plain(record, "record"), indent=1, ensure_ascii=False) + "\n"
-            (partial / RECORD).write_text(text, encoding="utf-8")
+            (partial / RECORD).write_text(json_text(record, "record") + "\n", encoding="utf-8")
             partial.rename(place)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,11 +14,27 @@ from rsteer_interp.abliteration_sweep import after_final_norm
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends import load_backend
 from rsteer_interp.backends.edits import Site
+from rsteer_interp.judges.base import Verdict
 from tests.tiny_models import D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 _PLACES = ("city", "river", "island", "border", "law", "election", "price", "history")
 _FRAMES = ("tell me about the {} of the {}", "explain the {} and the {}", "what is the {} and the {}")
 _SPLITS = ("fit", "select", "report")
+
+
+@dataclass(frozen=True)
+class OpeningJudge:
+    """Refused is what begins with one of these words: what this model's refusals begin with."""
+
+    openings: tuple[str, ...] = ("i",)
+    name: ClassVar[str] = "opening"
+
+    @classmethod
+    def load(cls, backend: Any = None) -> OpeningJudge:
+        return cls()
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        return [Verdict.of(0.9 if r.split(" ")[0] in self.openings else 0.1) for r in responses]
 
 
 def texts(word: str) -> list[str]:

@@ -65,13 +65,31 @@ def _density(rng: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
     null = np.sort(np.abs(null / np.linalg.norm(null, axis=1, keepdims=True)), axis=1)[:, ::-1]
     shares = null[:, :10].sum(1) / null.sum(1)
     data = {
-        "layer": 16, "method": "wrmd", "sorted_abs": size[:500], "null_mean": null.mean(0)[:500],
+        "layer": 16, "method": "wmd", "sorted_abs": size[:500], "null_mean": null.mean(0)[:500],
         "null_low": np.quantile(null, 0.025, axis=0)[:500], "null_high": np.quantile(null, 0.975, axis=0)[:500],
         "top10_share": size[:10].sum() / size.sum(),
         "null_top10": {"mean": shares.mean(), "low": np.quantile(shares, 0.025), "high": np.quantile(shares, 0.975)},
         "grid": {"rows": 29, "columns": 31}, "participation_ratio": 1 / (WIDTH * (vector**4).sum()),
     }  # fmt: skip
     return data, torch.tensor(vector, dtype=torch.float32)
+
+
+def _directions() -> dict[str, Any]:
+    """One diagnosis per method; the ridges lie in the null space and their halves hardly agree."""
+    halves = {"md": 0.77, "wmd": 0.79, "rmd": 0.22, "wrmd": 0.25}
+    return {
+        method: {
+            "layer": 16, "counts": {"refusing": 108, "complying": 96, "neutral": 4}, "d": WIDTH,
+            "null_space_share": 0.9996 if "rmd" in method else 0.08,
+            "effective_rank": 14.2 if "rmd" in method else None, "relative_penalty": 0.04 if "rmd" in method else None,
+            "split_half": {"value": value, "low": value - 0.1, "high": value + 0.08},
+            "split_half_topic": {"value": 0.6 * value, "low": 0.4 * value, "high": 0.8 * value},
+            "n_splits": 20, "cosine_md": 0.3 if "rmd" in method else 0.93, "cosine_null": 0.065,
+            "cosine_unweighted": 0.97 if method[0] == "w" else None,
+            "within_subject": {"r": 0.41, "p_max": 0.002, "n": 58},
+        }
+        for method, value in halves.items()
+    }  # fmt: skip
 
 
 def _pca(rng: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
@@ -88,35 +106,50 @@ def _pca(rng: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
     return data, torch.tensor(np.array(points), dtype=torch.float32)
 
 
-def _frontier(rng: np.random.Generator) -> list[dict[str, Any]]:
-    n_political, n_harmful = 52, 48
+def _estimate(value: float, half: float, n: int) -> dict[str, Any]:
+    return {"value": value, "low": value - half, "high": value + half, "n": n}
 
-    def point(method: str | None, political: float, harmful: float, **more: Any) -> dict[str, Any]:
-        return {
-            "method": method, "k": None, "alpha": None, "reposition": None, "dose": None,
-            "political": wilson(round(n_political * min(max(political, 0), 1)), n_political),
-            "harmful": wilson(round(n_harmful * min(max(harmful, 0), 1)), n_harmful),
-            "answer_shift": 0.0, "meets_target": False, "chosen": False, "null": False,
-        } | more  # fmt: skip
 
-    points = [point("base", 0.86, 0.40, alpha=0.0)]
+def _finder(rng: np.random.Generator) -> dict[str, Any]:
+    """Settings of every method, in the order of L_g: ruled out, judged, chosen, not needed."""
+    trials = []
     for method in METHODS:
-        for k in (2, 4, 8):
+        for reposition in (False, True):
+            met = False
             for alpha in (-0.1, -0.25, -0.5, -1.0):
-                push = 1 - math.exp(4 * k / 4 * alpha)
-                political = 0.86 - 0.82 * push + rng.normal(0, 0.03)
-                points.append(point(
-                    method, political, 0.40 - (0.15 if method == "wrmd" else 0.28) * push + rng.normal(0, 0.03),
-                    k=k, alpha=alpha, reposition=False, dose=-alpha * k / 20, answer_shift=0.1 * push,
-                    meets_target=political < 0.3, chosen=(k, alpha) == (4, -0.5),
-                ))  # fmt: skip
-    for _ in range(40):
-        points.append(
-            point(
-                "random", 0.86 + rng.normal(0, 0.03), 0.40 + rng.normal(0, 0.03), k=4, alpha=-0.5, dose=0.1, null=True
-            )
-        )
-    return points
+                removal = (1.7 if reposition else 1.5) * (1 - math.exp(4 * alpha)) + rng.normal(0, 0.05)
+                complete = removal > 0.7
+                trials.append(
+                    {
+                        "method": method, "k": 4, "alpha": alpha, "reposition": reposition, "chosen": False, "complete": complete and not met,
+                        "answer_shift": _estimate((0.05 if reposition else 0.1) * -alpha, 0.01, 8),
+                        "removal": None if met else _estimate(removal, 0.2 if complete else 0.5, 48 if complete else 12),
+                    }
+                )  # fmt: skip
+                met = met or removal > 1
+            if reposition:
+                next(t for t in reversed(trials) if t["complete"])["chosen"] = True
+    return {"target": 1.0, "scored": _estimate(0.84, 0.07, 48), "fresh": _estimate(0.55, 0.2, 48), "trials": trials}
+
+
+def _matched(finder: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for method in METHODS:
+        for reposition in (False, True):
+            trials = [
+                t for t in finder["trials"] if (t["method"], t["reposition"]) == (method, reposition) and t["complete"]
+            ]
+            harmful = {
+                "before": wilson(22, 40), "after": wilson(18 if reposition else 3, 40),
+                "difference": _estimate(-0.1 if reposition else -0.475, 0.15, 40), "p": 0.21 if reposition else 0.0005,
+            }  # fmt: skip
+            rows.append({k: v for k, v in trials[-1].items() if k != "chosen"} | {"harmful": harmful})
+    return rows
+
+
+def _null() -> dict[str, Any]:
+    random = [{"political_sensitive": wilson(12 + i % 3, 16), "harmful": wilson(8 + i % 2, 16)} for i in range(6)]
+    return {"base": {"political_sensitive": wilson(13, 16), "harmful": wilson(8, 16)}, "random": random}
 
 
 def _confidence(rng: np.random.Generator) -> dict[str, Any]:
@@ -161,12 +194,14 @@ def reproduction(*, hostile: bool = False) -> tuple[dict[str, Any], dict[str, to
     rng = np.random.default_rng(0)
     density, vector = _density(rng)
     pca, points = _pca(rng)
+    finder = _finder(rng)
     rows = [(None, "base", BASE_RATES)] + [(m, m.upper(), STEERED_RATES[m]) for m in METHODS]
     table = [
         {
             "label": label, "method": method, "k": method and 4, "alpha": method and -0.5,
             "reposition": False if method else None, "layers": [14, 15, 16, 18] if method else [],
             "dose": 0.08 if method else None, "target_met": method != "rmd" if method else None,
+            "removal": _estimate(1.1 if method != "rmd" else 0.8, 0.2, 48) if method else None,
             "rates": {name: wilson(round(rates[name] * n), n) for name, (_, n) in SETS.items()},
             "answer_shift": {"value": 0.041, "low": 0.033, "high": 0.049, "n": 128} if method else None,
             "kl": {"value": 0.012, "low": 0.009, "high": 0.016, "n": 64} if method else None,
@@ -182,15 +217,22 @@ def reproduction(*, hostile: bool = False) -> tuple[dict[str, Any], dict[str, to
         "table": table,
         "paper": [{"label": "80B base", "political": 92.35, "harmful": 99}, {"label": "80B WRMD", "political": 23.82, "harmful": 99},
                   {"label": "4B base", "political": 89.12, "harmful": 99}, {"label": "4B WRMD", "political": 32.65, "harmful": 55}],
-        "layer_scores": {method: _scores(method, rng) for method in METHODS},
-        "density": density, "pca": pca, "frontier": _frontier(rng), "confidence": _confidence(rng),
+        "layer_scores": {method: _scores(method, rng) for method in METHODS}, "directions": _directions(),
+        "left_out": {"wrmd_loso": HOSTILE[4] if hostile else "2 subjects have both"},
+        "drawn": {"method": "wmd", "rule": HOSTILE[3] if hostile else "the most repeatable"},
+        "density": density, "pca": pca, "finder": finder, "matched": _matched(finder), "null": _null(), "confidence": _confidence(rng),
         "judges": {"default": "pattern", "agreement": {"n": 150, "accuracy": 0.98, "low": 0.943, "high": 0.993, "auc": 0.99, "kappa": 0.95},
                    "between": [{"a": "pattern", "b": "local", "n": 150, "agreement": 0.95, "kappa": 0.9}],
-                   "log_odds_auc": {name: {"value": 0.9, "low": 0.8, "high": 0.95, "n": 96} for name in ("political_sensitive", "harmful")}},
+                   "log_odds_auc": {name: _area(0.9) for name in ("political_sensitive", "harmful")},
+                   "steered_auc": {"md": {"political_sensitive": _area(0.66)}, "wmd": {}}},
         "replies": _replies(HOSTILE if hostile else ()),
         "seconds": {"scores": 121.5, "directions": 8.25, "finder": 201.0},
     }  # fmt: skip
     return data, {"density_vector": vector, "pca": points}
+
+
+def _area(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.1, "high": value + 0.05, "n": 96}
 
 
 def provenance(*, hostile: bool = False) -> Provenance:

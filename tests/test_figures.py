@@ -74,12 +74,9 @@ def test_a_figure_draws_from_little(name: str, tmp_path: Path) -> None:
     for row in data["table"]:
         row["rates"].pop("general")
     data["sets"]["harmful"]["label"] = "$harm^{ful"
-    data["frontier"] = [c for c in data["frontier"] if not c["null"] and c["method"] == "md"]
-    for point in data["frontier"]:
-        del point["meets_target"]
-    data["layer_scores"] = {
-        "wrmd": data["layer_scores"]["wrmd"] | {"within_subject_r": [], "within_subject_p_max": None}
-    }
+    data["finder"]["trials"] = [t for t in data["finder"]["trials"] if t["method"] == "md" and not t["complete"]]
+    data["matched"], data["null"] = [], None
+    data["layer_scores"] = {"wmd": data["layer_scores"]["wmd"] | {"within_subject_r": [], "within_subject_p_max": None}}
     data["confidence_measure"] = "confidence"
     data["confidence"] = {"harmful": {"before": [1.0, -1.0], "after": {"probe 7": [1.0, 1.0]}, "subjects": ["a", "b"]}}
     data["pca"]["label"] = ["refused"] * len(data["pca"]["label"])
@@ -94,7 +91,7 @@ def test_all_scripts_are_drawn_by_one_call(result: Path, tmp_path: Path, capsys:
     write_not_applicable(tmp_path / "none")
     assert draw_figures(tmp_path / "none", tmp_path / "none" / "figures", ROOT / "figures") == []
     data, tensors = reproduction()
-    save_result(tmp_path / "one", "reproduce", data | {"frontier": []}, tensors, provenance=provenance())
+    save_result(tmp_path / "one", "reproduce", data | {"finder": None}, tensors, provenance=provenance())
     written = draw_figures(tmp_path / "one", tmp_path / "one" / "figures", ROOT / "figures")
     assert sorted({path.stem for path in written}) == sorted(set(FIGURES) - {"frontier"})
     assert capsys.readouterr().err.startswith("figure frontier: ")

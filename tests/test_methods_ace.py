@@ -16,12 +16,13 @@ from rsteer_interp.directions import MeanDifference, fit_directions
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import Affine, ablate, set_component
-from rsteer_interp.methods import Method
+from rsteer_interp.methods import Method, ace
 from rsteer_interp.methods.ace import ACE, ace_edit, caa_edit, standardisation, variance_ratio
 from rsteer_interp.methods.refusal_steering import best_layers, evidence
 from rsteer_interp.selection import steerable_layers
 from tests.planted_material import planted_material
-from tests.tiny_models import KINDS, Kind
+from tests.pushes import equal_dose, pushes
+from tests.tiny_models import KINDS, Kind, tiny_backend, tiny_rows
 
 S, D, ROWS, POS = Site(2), 24, 5, 4
 
@@ -166,6 +167,16 @@ def test_what_depends_on_one_component_is_evened_out_by_ace_alone(kind: Kind) ->
     assert got.ratio.high < 0.6 < min(got.null) and max(got.null) < 1.4
     same = log_odds(material.backend, rows, material.refusal_tokens, caa_edit({site: r}, 0.5))
     assert got.caa_variance == pytest.approx(float(same.var()))
+
+
+def test_the_null_of_several_sites_is_of_equal_dose_in_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, asked = tiny_backend("llama"), list[Edit]()
+    monkeypatch.setattr(ace, "log_odds", lambda *a: asked.append(a[3]) or log_odds(*a))
+    rows, v = tiny_rows(backend), draw(3, backend.d_model, seed=3)
+    directions = {Site(1): v[0], Site(2): 2 * v[0] + v[1], Site(3): v[1]}
+    standardisation(backend, rows, (5,), directions, dict.fromkeys(directions, v[2]), 0.5, n_random=3)
+    own, *nulls = pushes(backend, rows, *asked[1::2])  # CAA's
+    assert len(nulls) == 3 and all(equal_dose(own, null) for null in nulls)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -19,7 +19,6 @@ from rsteer_interp.interventions import ablate
 from rsteer_interp.measures import refusal_log_odds
 from rsteer_interp.methods.cones import (
     ConeLoss,
-    Move,
     bypass_effects,
     cone_directions,
     fit_cones,
@@ -103,8 +102,8 @@ def test_bases_stay_orthonormal_and_start_from_the_smaller_ones(monkeypatch: pyt
 def test_samples_of_a_planted_cone_beat_random_vectors_and_noise_does_not() -> None:
     planted = gram_schmidt(vector(9, 90).view(3, 30))
 
-    def effects(moves: Sequence[Move]) -> Tensor:
-        return torch.stack([(planted @ (r if u is None else u).double()).square().sum()[None] for r, u in moves])
+    def effects(r: Tensor, into: Tensor) -> Tensor:
+        return (torch.cat([r[None], into]).double() @ planted.T).square().sum(1, keepdim=True)
 
     test = sample_test(planted, effects, n=16)
     assert len(test.cone) == len(test.random) == 16
@@ -113,7 +112,7 @@ def test_samples_of_a_planted_cone_beat_random_vectors_and_noise_does_not() -> N
     # An effect that no direction has: p is uniform.
     noise = torch.Generator().manual_seed(0)
     null = [
-        sample_test(planted, lambda moves: torch.randn(len(moves), 1, generator=noise), n=12, seed=i).p
+        sample_test(planted, lambda r, into: torch.randn(1 + len(into), 1, generator=noise), n=12, seed=i).p
         for i in range(60)
     ]
     assert sum(p < 0.05 for p in null) <= 8 and 0.3 < sum(null) / 60 < 0.7

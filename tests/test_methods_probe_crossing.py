@@ -16,8 +16,10 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects
 from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import add
+from rsteer_interp.methods import probe_crossing
 from rsteer_interp.methods.probe_crossing import crossings, first_token_kl, harm_probe, token_kl
-from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.statistics.rotation import rotations
+from tests.pushes import equal_dose, pushes
 from tests.tiny_models import KINDS, Kind, answered_rows, draw, tiny_backend, tiny_rows
 
 # -- KL of the first tokens ----------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def test_the_profile_has_intervals_its_n_and_a_null() -> None:
     assert [x.n for x in found.steered] == [sum(n > t for n in longest) for t in range(len(found.steered))]
     assert found.steered[-1].n >= 2 and len(found.null) == len(found.steered)
     assert all(x.low <= x.value <= x.high for x in found.steered)
-    nulls = [add({Site(2): u}, {Site(2): 1.5}) for u in random_unit_vectors(3, 32, 4)]
+    nulls = [add(turned, {Site(2): 1.5}) for turned in rotations({Site(2): v}, 3, 4)]
     assert found.null[0] == pytest.approx(float(token_kl(backend, rows, nulls, 6)[:, :, 0].mean()), rel=1e-4)
     assert first_token_kl(backend, rows, {Site(2): v}, {Site(2): 1.5}, 2, n_null=0).null == ()
 
@@ -156,3 +158,15 @@ def test_the_probe_knows_prompts_it_was_not_fitted_on() -> None:
     assert float(probe.direction @ g) > 0
     swapped = harm_probe(Site(2), states(30, 2, False), states(30, 1, True), states(30, 4, False), states(30, 3, True))
     torch.testing.assert_close(swapped.direction, -probe.direction)
+
+
+def test_the_null_of_a_band_pushes_as_far_in_the_sum_as_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites that half agree: neither as one direction for all sites would, nor as one for each by itself."""
+    backend, asked = tiny_backend("llama"), list[Edit]()
+    monkeypatch.setattr(probe_crossing, "last_states", lambda *a: asked.append(a[3]) or last_states(*a))
+    rows, v = tiny_rows(backend), draw(4, 32, seed=3)
+    directions = {Site(1): v[0], Site(2): v[0] + v[1], Site(3): v[1] + v[2]}
+    amounts = {Site(1): 1.0, Site(2): -2.0, Site(3): 3.0}
+    crossings(backend, rows, _probes(backend, 4), directions, amounts, n_null=4)
+    own, *nulls = pushes(backend, rows, *asked[1:])
+    assert len(nulls) == 4 and all(equal_dose(own, null) for null in nulls)

@@ -29,6 +29,7 @@ from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import cosine
 from rsteer_interp.selection import steerable_layers
 from tests.planted_material import planted_material
+from tests.pushes import equal_dose, pushes
 from tests.tiny_models import KINDS, Kind
 
 PAPER = (MeanDifferenceSteering, MeanDifferenceReposition, WeightedRidgeSteering, WeightedRidgeReposition)
@@ -121,8 +122,9 @@ def test_more_strength_removes_more_of_a_planted_refusal(method: type[Method], k
 
 
 def test_random_directions_are_the_null_of_the_mean_difference() -> None:
-    """Same sites and amounts, so the same dose; nearly orthogonal to it; little effect next to it, without a sign."""
+    """Same sites and amounts, and the same push in the sum; nearly orthogonal to it; little effect next to it, without a sign."""
     material = planted_material()
+    rows = material.template.encode_all(material.select["political"].texts[:3])
     md = MeanDifferenceSteering().configure(material)(-1.0)
     effects = []
     base = odds(material, "political", None)
@@ -130,11 +132,10 @@ def test_random_directions_are_the_null_of_the_mean_difference() -> None:
         fitted = RandomDirections(draw=draw).fit(material)
         edit = fitted(1.0).edit
         assert edit is not None and edit.sites == frozenset(md.sites)
-        x = torch.randn(1, 1, material.backend.d_model)
-        for i, site in enumerate(md.sites):
-            moved = edit.edits[site](x, None) - x  # type: ignore[attr-defined]
-            assert float(moved.norm()) == pytest.approx(abs(md.amounts[site]), rel=1e-4)
-            assert abs(cosine(moved[0, 0], md.directions[i])) < 0.75  # 4 standard deviations at d = 32
+        own, null = pushes(material.backend, rows, md.edit(), edit)  # type: ignore[arg-type]
+        assert equal_dose(own, null)
+        for site in md.sites:
+            assert abs(cosine(null[site][0], own[site][0])) < 0.75  # 4 standard deviations at d = 32
         effects.append(float((odds(material, "political", edit) - base).mean()))
     effect = float((odds(material, "political", md.edit()) - base).mean())
     assert effect < min(effects)

@@ -61,7 +61,7 @@ def test_everything_of_one_model_is_on_one_page(tmp_path: Path) -> None:
     (root / "scores" / "fit").mkdir(parents=True)
     reading = read(write_overview(root, tmp_path / "index.html"))
     text = reading.text.replace("\u00a0", " ")
-    for words in ("WRMD takes political refusal from 86 %", "caption of layer_concentration", reason, "harmful 96, n_fit refused 31",
+    for words in ("WMD takes political refusal from 86 %", "caption of layer_concentration", reason, "harmful 96, n_fit refused 31",
                   "one 1.2 s, two 2.5 s", "Provenance of the paper's experiment", "damaged: cannot be read",
                   "theirs: of another model, Qwen2.5-Coder-0.5B-Instruct (fingerprint ffff)",
                   "empty: Value error, has neither a finding", "Record of a_new_one"):  # fmt: skip

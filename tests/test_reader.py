@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,23 +18,16 @@ from rsteer_interp.backends.edits import At, Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import reply_log_probs
 from rsteer_interp.interventions import add
-from rsteer_interp.judges.base import Verdict
 from rsteer_interp.measures import fluency, perplexity
 from rsteer_interp.reader import LEAST_AREA, MOST_MISREAD, UNSTEERED, RefusalReader, validation
 from rsteer_interp.refusal_scores import replies_of_each, reply_and_judge
-from tests.refusing_model import refusing_model, texts
+from tests.refusing_model import OpeningJudge, refusing_model, texts
 from tests.tiny_models import D_MODEL, N_LAYERS, PROMPTS, draw, tiny_backend, tiny_rows, tiny_tokenizer
 
 OTHER = "why"  # with which this model refuses under the planted edit
 
 
-class OpeningJudge:
-    """Refused is what begins with either word: what it says does not depend on which."""
-
-    name = "opening"
-
-    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        return [Verdict.of(0.9 if r.split(" ")[0] in ("i", OTHER) else 0.1) for r in responses]
+JUDGE = OpeningJudge(("i", OTHER))  # what it says does not depend on which
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +70,7 @@ def test_a_reader_refuses_to_decide_where_judged_replies_say_otherwise() -> None
     rows, reader = backend.template().encode_all(asked), RefusalReader(backend, (opening,))
     found = {}
     for kind, each in ((UNSTEERED, None), ("other words", edit)):
-        (replies,) = replies_of_each(
-            backend, rows, asked, OpeningJudge(), [each], max_new_tokens=2, refusal_tokens=(opening,)
-        )
+        (replies,) = replies_of_each(backend, rows, asked, JUDGE, [each], max_new_tokens=2, refusal_tokens=(opening,))
         judged, odds = [r.verdict.refused for r in replies], torch.tensor([r.log_odds for r in replies])
         torch.testing.assert_close(odds.double(), reader.log_odds(rows, [each])[0], atol=1e-4, rtol=0)
         with pytest.raises(UserError, match="never checked"):
@@ -136,12 +126,10 @@ def test_replies_of_many_edits_are_those_of_each(batch_size: int) -> None:
     backend = tiny_backend("qwen2", batch_size=batch_size)
     rows = tiny_rows(backend)
     edits = [None, *(add({Site(2): draw(D_MODEL, seed=i).float()}, {Site(2): 3.0}) for i in range(3))]
-    got = replies_of_each(backend, rows, PROMPTS, OpeningJudge(), edits, max_new_tokens=5, refusal_tokens=(7, 9))
+    got = replies_of_each(backend, rows, PROMPTS, JUDGE, edits, max_new_tokens=5, refusal_tokens=(7, 9))
     assert len(got) == 4
     for edit, replies in zip(edits, got, strict=True):
-        alone = reply_and_judge(
-            backend, rows, PROMPTS, OpeningJudge(), max_new_tokens=5, edit=edit, refusal_tokens=(7, 9)
-        )
+        alone = reply_and_judge(backend, rows, PROMPTS, JUDGE, max_new_tokens=5, edit=edit, refusal_tokens=(7, 9))
         assert [r.ids for r in replies] == [group[0].ids for group in alone]
         assert [r.log_odds for r in replies] == pytest.approx([group[0].log_odds for group in alone], abs=1e-4)
     assert len({tuple(r.ids for r in replies) for replies in got}) > 1
@@ -155,7 +143,7 @@ def test_replies_of_the_model_itself_are_as_likely_as_when_it_wrote_them(family:
     """One meaning: over the same tokens, end token included, generation and a pass over the given reply agree."""
     backend = tiny_backend(family)
     rows = tiny_rows(backend)
-    replies = [group[0] for group in reply_and_judge(backend, rows, PROMPTS, OpeningJudge(), max_new_tokens=6)]
+    replies = [group[0] for group in reply_and_judge(backend, rows, PROMPTS, JUDGE, max_new_tokens=6)]
     found = reply_log_probs(backend, rows, [r.ids for r in replies])
     torch.testing.assert_close(found, torch.tensor([r.mean_log_prob for r in replies]).double(), atol=1e-4, rtol=0)
 

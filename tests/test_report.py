@@ -46,11 +46,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_page_says_what_the_result_says(pages: dict[str, Path]) -> None:
     text = Reading(pages["plain"].read_text()).text.replace("\u00a0", " ")
-    assert "WRMD takes political refusal from 86 % (78 to 91) to 10 % (5 to 17) of 104" in text
-    assert "refusal of harmful requests goes from 40 % (30 to 50) to 30 % (22 to 40) of 96, intervals overlap" in text
+    assert "WMD takes political refusal from 86 % (78 to 91) to 14 % (9 to 22) of 104" in text
+    assert "refusal of harmful requests goes from 40 % (30 to 50) to 22 % (15 to 31) of 96, intervals overlap" in text
     for words in ("n = 104", "paper, 4B WRMD", "33 %", "0.033 to 0.049", "14, 15, 16, 18", "missed", "caption of frontier",
                   "fingerprint a1b2c3d4e5f60718", "pypi-archives", "accuracy 98 % (94 to 99 %, n = 150)", "Dual use",
                   "refuses only 40 % of the harmful requests", "c = +0.93 · log-odds"):  # fmt: skip
+        assert words in text, words
+    # How far every direction can be trusted, beside what topic alone gives; the rule by which one is drawn; and why some are not there.
+    for words in ("0.9996", "14.2", "0.79 (0.69 to 0.87)", "0.47 (0.32 to 0.63)", "0.970", "0.41 (p 0.002)", "WRMD LOSO",
+                  "not applicable: 2 subjects have both", "The figures draw WMD: the most repeatable.",
+                  "95 % of random pairs lie within ±0.07", "n = 58"):  # fmt: skip
         assert words in text, words
     assert text.index("caption of frontier") < text.index("caption of another")  # ours in order, then any other
 

@@ -16,8 +16,9 @@ from analyses.apply_steering import Config as ApplyConfig
 from analyses.apply_steering import run as apply_run
 from analyses.reproduce import Config, run
 from rsteer_interp.command_line import run as run_command
-from rsteer_interp.directions import ESTIMATORS, RidgeMeanDifference
+from rsteer_interp.directions import ESTIMATORS, PAPER, RidgeMeanDifference
 from rsteer_interp.judges.base import Verdict
+from rsteer_interp.reproduction.finder import NULL_DRAWS
 from rsteer_interp.reproduction.presets import PRESETS
 from rsteer_interp.results import load_result
 from tests.tiny_models import save_tiny
@@ -31,7 +32,10 @@ SMALL = replace(
     harmful_tokens=3,
     ks=(1, 2),
     alphas=(-0.5, -1.0),
-    screened=4,
+    judged=16,
+    first=4,
+    harmful=4,
+    null=3,
     finder_conversations=3,
     report_conversations=4,
     permutations=50,
@@ -75,8 +79,16 @@ def test_every_step_and_the_saved_configuration(
             assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
         assert (row["answer_shift"] is None) == (row["label"] == "base")
     assert data["layer_scores"]["wrmd"]["layers"] == [1, 2, 3, 4]
-    assert sum(point["null"] for point in data["frontier"]) == 6
-    assert sum(point["chosen"] for point in data["frontier"]) == 4
+    assert len(data["null"]["random"]) == NULL_DRAWS
+    assert [(row["method"], row["reposition"]) for row in data["matched"]] == [
+        (m, r) for m in PAPER for r in (False, True)
+    ]
+    assert all(row["harmful"]["before"]["n"] == 4 for row in data["matched"])
+    trials, every = data["finder"]["trials"], data["finder"]["fresh"]["n"]
+    assert len(trials) == 4 * 8 and sum(trial["chosen"] for trial in trials) == 4
+    for trial in trials:
+        assert trial["removal"] is None or trial["removal"]["n"] == (every if trial["complete"] else 4)
+        assert trial["complete"] or not trial["chosen"]
     assert page.is_file()
 
     prompts = tmp_path / "mine.jsonl"
@@ -98,6 +110,18 @@ def test_every_step_and_the_saved_configuration(
     for side in ("base", "steered"):
         assert set(line[side]) == {"response", "refused", "confidence", "log_odds"}
         assert len(line[side]["response"].removesuffix(" [cut]").split()) <= 4
+
+
+def test_no_edit_removes_nothing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alpha 0 without reposition is no edit. The prompts' scores, high because they were chosen for that, are no start to count from."""
+    monkeypatch.setitem(PRESETS, "demo", replace(SMALL, alphas=(0.0,)))
+    run(config)
+    found = load_result(config.out).data["finder"]
+    unedited = [trial for trial in found["trials"] if not trial["reposition"]]
+    assert len(unedited) == 2 * len(PAPER)
+    assert [trial["removal"]["value"] for trial in unedited] == pytest.approx([0.0] * len(unedited), abs=1e-6)
+    # fault: counted from the replies that chose the prompts, no edit would remove the difference
+    assert found["scored"]["value"] > found["fresh"]["value"] + 0.3
 
 
 def test_a_stopped_run_continues_and_ends_the_same(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,10 +182,10 @@ def test_a_new_estimator_gets_a_setting_a_row_and_its_place_in_every_figure(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ESTIMATORS, Probe.name, Probe)
-    page = run(config)
+    page = run(replace(config, methods=("md", "probe")))
     data = load_result(config.out).data
-    assert [row["method"] for row in data["table"]] == [None, *ESTIMATORS]
-    assert set(data["layer_scores"]) == set(ESTIMATORS)
+    assert [row["method"] for row in data["table"]] == [None, "md", "probe"]
+    assert set(data["layer_scores"]) == set(data["directions"]) | set(data["left_out"]) == set(ESTIMATORS)
     assert (config.out / "steering" / "probe").is_dir()
     for name in ("claim_table", "frontier", "scores", "fig5_layers"):
         assert '"probe"' in (config.out / "figures" / f"{name}.json").read_text(encoding="utf-8"), name

@@ -277,10 +277,13 @@ def test_what_loading_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_tensor_file_with_nan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_tensor_file_that_is_not_finite_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     monkeypatch.setattr("rsteer_interp.results._storable", lambda name, tensor: tensor)
-    save_result(tmp_path / "one", "test", {}, {"v": torch.tensor([torch.nan])}, provenance=RECORD)
-    with pytest.raises(UserError, match="tensor 'v' holds NaN"):
+    save_result(tmp_path / "one", "test", {}, {"v": torch.tensor([value])}, provenance=RECORD)
+    with pytest.raises(UserError, match="tensor 'v' holds values that are not finite"):
         load_result(tmp_path / "one")
 
 

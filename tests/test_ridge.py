@@ -17,10 +17,17 @@ from rsteer_interp.directions import (
     WeightedRidgeMeanDifference,
     fit_directions,
 )
-from rsteer_interp.directions.ridge import ledoit_wolf_intensity, null_space_share, ridge_path, ridge_solve
+from rsteer_interp.directions.ridge import (
+    effective_rank,
+    ledoit_wolf_intensity,
+    null_space_share,
+    ridge_path,
+    ridge_solve,
+)
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments, Scatter
 from rsteer_interp.nulls import cosine
+from rsteer_interp.spectrum import participation_ratio
 from rsteer_interp.symmetric import packed_gram
 from tests.planted import changed, planted
 
@@ -128,7 +135,19 @@ def test_few_states_put_the_vector_in_the_null_space_and_shrinkage_takes_it_out(
     assert share(RidgeMeanDifference()) > 0.9999
     assert cosine(RidgeMeanDifference(penalty=1e-4).fit(evidence), RidgeMeanDifference().fit(evidence)) > 0.99999
     assert share(RidgeMeanDifference(shrinkage="ledoit_wolf")) < 0.9
-    assert share(RidgeMeanDifference(penalty=1.0, relative=True)) < share(RidgeMeanDifference())
+    assert share(RidgeMeanDifference(penalty=1.0)) < share(RidgeMeanDifference())
+
+
+@pytest.mark.parametrize(("n", "d"), [(10, 30), (100, 30)])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_effective_rank_equals_that_of_the_eigenvalues(n: int, d: int, ridge: float) -> None:
+    x = planted(n, d, 0)[0].states
+    sigma = Moments.of(x).scatter / float(n)
+    values = torch.linalg.eigvalsh(sigma.dense) + ridge
+    assert effective_rank(sigma, ridge) == pytest.approx(participation_ratio(values.clamp(min=0)), rel=1e-9)
+    isotropic = Scatter(rows=torch.zeros(0, d, dtype=torch.float64))
+    assert effective_rank(isotropic, 1.0) == pytest.approx(d)
+    assert effective_rank(Moments.of(x[:2]).scatter, 0.0) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("n", "d"), [(10, 30), (100, 30)])
@@ -157,16 +176,13 @@ def test_ledoit_wolf_equals_sklearn(n: int, d: int) -> None:
     assert ledoit_wolf_intensity(x, weights) == pytest.approx(min(1.0, noise / spread), rel=1e-9)
 
 
-def test_penalties_are_reported_both_ways() -> None:
+def test_the_penalty_is_reported_in_mean_eigenvalues() -> None:
     evidence = planted(300, 20, 0)[0]
     mean_eigenvalue = float(evidence.complying.covariance.trace()) / 20
-    absolute = RidgeMeanDifference(penalty=0.5).diagnose(evidence, MeanDifference().fit(evidence))
-    assert (absolute["penalty"], absolute["shrinkage"]) == (0.5, 0)
-    assert absolute["relative_penalty"] == pytest.approx(0.5 / mean_eigenvalue)
-    same = RidgeMeanDifference(penalty=absolute["relative_penalty"], relative=True)
-    torch.testing.assert_close(same.fit(evidence), RidgeMeanDifference(penalty=0.5).fit(evidence))
-    larger = changed(evidence, states=100 * evidence.states)
-    torch.testing.assert_close(100 * same.fit(larger), same.fit(evidence))
+    found = RidgeMeanDifference(penalty=0.5).diagnose(evidence, MeanDifference().fit(evidence))
+    assert found["relative_penalty"] == pytest.approx(0.5 / mean_eigenvalue)
+    shrunk = RidgeMeanDifference(penalty=0.5, shrinkage="ledoit_wolf").diagnose(evidence, torch.ones(20))
+    assert shrunk["relative_penalty"] == pytest.approx(0.5 / mean_eigenvalue + shrunk["shrinkage"])
 
 
 def test_a_low_precision_gram_matrix_would_lose_the_direction() -> None:

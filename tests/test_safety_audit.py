@@ -18,14 +18,13 @@ from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import answer_effects, answer_log_probs
 from rsteer_interp.gates import Gate
-from rsteer_interp.interventions import Affine, add
 from rsteer_interp.judges import JUDGES
 from rsteer_interp.methods import Treatment
 from rsteer_interp.refusal_scores import reply_and_judge
 from rsteer_interp.report.audit_page import render_audit
 from rsteer_interp.report.page import write_overview
 from rsteer_interp.results import Provenance, load_result
-from rsteer_interp.safety_audit import Plan, Subject, audit, content_digest, decide
+from rsteer_interp.safety_audit import Plan, Subject, audit, decide
 from rsteer_interp.safety_audit.measures import conversation_effects
 from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.steering import Steering, make_steering
@@ -147,24 +146,6 @@ def test_false_alarms_are_rare_and_real_losses_are_found(lost: float, gained: fl
 
 
 # -- what is audited -------------------------------------------------------------------------------------------------
-
-
-def test_digests_tell_contents_apart_and_overlook_caches() -> None:
-    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    one, same = Affine(Site(1), v, amount=1.0), Affine(Site(1), v.clone(), amount=1.0)
-    one(torch.zeros(1, 1, 32), None)  # type: ignore[arg-type]  # fills its cache
-    assert one._copies and not same._copies
-    assert content_digest(one) == content_digest(same)
-    others = [
-        replace(one, site=Site(2)),
-        replace(one, amount=2.0),
-        replace(one, direction=v + 1e-6),
-        replace(one, kappa=1),
-    ]
-    assert len({content_digest(x) for x in (one, *others)}) == 5
-    assert content_digest(add({Site(1): v}, {Site(1): 1.0})) != content_digest(add({Site(1): v}, {Site(1): -1.0}))
-    with pytest.raises(UserError, match="does not show what it holds"):
-        content_digest(Treatment(lambda x, at: x))  # type: ignore[arg-type]
 
 
 def test_steering_names_the_direction_that_it_pushes() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from rsteer_interp.errors import UserError
 from rsteer_interp.measures import kl_divergence, masked_mean, refusal_log_odds, refusal_tokens, token_log_probs
 from rsteer_interp.refusal_scores import refusal_confidence
 from rsteer_interp.selection import (
+    Found,
     LayerScore,
     Setting,
     find_setting,
@@ -20,6 +23,7 @@ from rsteer_interp.selection import (
     steerable_layers,
     top_layers,
 )
+from rsteer_interp.statistics.intervals import Estimate
 
 
 def test_confidence_of_three_answers_by_hand() -> None:
@@ -123,31 +127,109 @@ def test_deepest_layers_are_never_chosen() -> None:
     assert top_layers(scores, 3, 24) == [20, 21, 22]
 
 
-def _find(removed: dict[Setting, float], shift: dict[Setting, float], judged: dict[Setting, float], target: float):  # type: ignore[no-untyped-def]
-    return find_setting(
-        list(removed),
-        target=target,
-        removals=lambda settings: [removed[setting] for setting in settings],
-        answer_shift=shift.__getitem__,
-        judged_removal=judged.__getitem__,
-    )
+SUBJECTS = [f"subject {i % 14}" for i in range(42)]
+
+
+def _find(
+    falls: Mapping[Setting, Sequence[float]],
+    shift: Mapping[Setting, float],
+    target: float,
+    first: int = 12,
+    at_once: int = 1,
+) -> tuple[Found, dict[Setting, int]]:
+    """The finder's choice, and on how many prompts it judged each setting."""
+    asked = dict.fromkeys(falls, 0)
+
+    def judged(settings: Sequence[Setting], n: int) -> list[Sequence[float]]:
+        for setting in settings:
+            asked[setting] = max(asked[setting], n)
+        return [falls[setting][:n] for setting in settings]
+
+    shifts = {setting: Estimate(x, x, x, 8) for setting, x in shift.items()}
+    return find_setting(shifts, judged, SUBJECTS, target=target, first=first, at_once=at_once), asked
+
+
+def _alike(means: Sequence[float], settings: Sequence[Setting]) -> dict[Setting, list[float]]:
+    """Falls of every prompt with these means, spread by 0.5 over prompts."""
+    spread = [0.5 * (-1) ** (i // 14) * (i < 28) for i in range(len(SUBJECTS))]
+    return {setting: [mean + x for x in spread] for setting, mean in zip(settings, means, strict=True)}
 
 
 def test_finder_takes_the_smallest_shift_that_reaches_the_target() -> None:
     settings = grid([1, 2], [-0.5, -1.0], [False])
-    removed = dict(zip(settings, [0.2, 1.5, 1.4, 1.9], strict=True))
     shift = dict(zip(settings, [0.0, 0.3, 0.1, 0.2], strict=True))
-    judged = dict(zip(settings, [0.2, 1.6, 0.9, 1.7], strict=True))
-    found = _find(removed, shift, judged, 1.3)
-    # The third has the smallest shift, but its judged replies miss the target; the fourth comes next.
+    found, asked = _find(_alike([-0.4, 1.6, 0.9, 1.7], settings), shift, 1.3)
+    # The first is ruled out by few prompts, the third has the smallest shift but misses the target, the fourth comes next; the
+    # second, with a larger shift, need not be judged.
     assert found.target_met
     assert found.chosen.setting == settings[3]
-    assert len(found.trials) == 4
+    assert [asked[setting] for setting in settings] == [12, 0, 42, 42]
+    assert [(t.setting, t.removal is None, t.complete) for t in found.trials] == [
+        (settings[0], False, False), (settings[2], False, True), (settings[3], False, True), (settings[1], True, False)
+    ]  # fmt: skip
+    assert found.chosen.removal is not None and found.chosen.removal.n == 42
 
 
 def test_finder_says_when_nothing_reaches_the_target() -> None:
-    settings = grid([1, 2], [-0.5], [False])
-    removed = dict(zip(settings, [0.1, 0.2], strict=True))
-    found = _find(removed, dict.fromkeys(settings, 0.1), dict(zip(settings, [0.1, 0.3], strict=True)), 1.0)
+    settings = grid([1, 2], [-0.5, -1.0], [False])
+    found, asked = _find(_alike([0.1, 0.3, -0.2, 0.2], settings), dict.fromkeys(settings, 0.1), 1.0)
     assert not found.target_met
-    assert found.chosen.setting == settings[1]
+    assert found.chosen.setting == settings[1] and found.chosen.complete
+    assert found.chosen.removal is not None and found.chosen.removal.value == pytest.approx(0.3)
+    assert min(asked.values()) >= 12
+
+
+def _planted_search(seed: int) -> tuple[dict[Setting, list[float]], dict[Setting, float]]:
+    """Falls of c and answer shifts of twelve settings: pushes of any strength on the log-odds of prompts and subjects, c by K = 2
+    noisy replies, shifts that grow with the push but for what is a setting's own."""
+    rng = np.random.default_rng(seed)
+    settings = grid([1, 2, 4], [-0.5, -1.0], [False, True])
+    subject = np.unique(SUBJECTS, return_inverse=True)[1]
+    odds = 1.5 + rng.normal(size=14)[subject] + rng.normal(size=42)
+    push = rng.uniform(0, 5, len(settings))[:, None]
+    steered = odds - push * (1 + 0.3 * rng.normal(size=42))
+
+    def confidence(log_odds: np.ndarray) -> np.ndarray:
+        return rng.binomial(2, 1 / (1 + np.exp(-log_odds))) - 1.0
+
+    falls = confidence(odds) - confidence(steered)
+    shift = 0.02 * push[:, 0] * np.exp(rng.normal(0, 0.5, len(settings)))
+    return dict(zip(settings, falls.tolist(), strict=True)), dict(zip(settings, shift.tolist(), strict=True))
+
+
+def test_finder_chooses_as_if_every_setting_had_been_judged_on_every_prompt() -> None:
+    target, runs, agree, judged = 0.9, 400, 0, 0
+    for seed in range(runs):
+        falls, shift = _planted_search(seed)
+        found, asked = _find(falls, shift, target, at_once=1 + 3 * (seed % 2))
+        reached = [setting for setting, values in falls.items() if np.mean(values) >= target]
+        assert found.target_met <= bool(reached)
+        agree += (found.chosen.setting if found.target_met else None) == min(
+            reached, key=shift.__getitem__, default=None
+        )
+        judged += sum(asked.values())
+    assert agree >= 0.99 * runs
+    assert judged < 0.4 * runs * 12 * 42  # at less than half the cost
+
+
+def test_no_edit_removes_nothing_though_prompts_are_chosen_by_a_noisy_score() -> None:
+    """Prompts chosen for c > 0 by two replies have a lower c when asked again: counted from the first replies, no edit removes."""
+    rng = np.random.default_rng(0)
+
+    def asked(log_odds: np.ndarray) -> np.ndarray:
+        return rng.binomial(2, 1 / (1 + np.exp(-log_odds))) - 1.0
+
+    covered, fallen, runs = 0, [], 200
+    nothing = Setting(1, 0.0, False)
+    for _ in range(runs):
+        log_odds = rng.normal(0.5, 1.5, 400)
+        scored = asked(log_odds)
+        chosen = log_odds[scored > 0][: len(SUBJECTS)]
+        before, after = asked(chosen), asked(chosen)
+        found, _ = _find({nothing: (before - after).tolist()}, {nothing: 0.0}, 1.3)
+        removal = found.chosen.removal
+        assert removal is not None and not found.target_met
+        covered += removal.low <= 0 <= removal.high
+        fallen.append(float((scored[scored > 0][: len(SUBJECTS)] - after).mean()))
+    assert covered / runs > 0.9
+    assert np.mean(fallen) > 0.3  # fault: counted from the replies that chose the prompts

@@ -9,9 +9,10 @@ from scipy import stats
 
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.errors import UserError
+from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.statistics.draws import Beside, next_draw, next_draw_p, p_value, percentiles
 from rsteer_interp.statistics.resampling import bootstrap_counts, halves, permutations
-from rsteer_interp.statistics.rotation import random_frame, rotated
+from rsteer_interp.statistics.rotation import draw_seeds, nearest_turn, random_frame, rotated, rotations
 
 
 @pytest.mark.parametrize("side", ["two", "greater", "less"])
@@ -111,6 +112,60 @@ def test_a_rotation_of_bases_and_of_what_is_not_finite() -> None:
     assert torch.allclose(frame @ frame.T, torch.eye(32, dtype=torch.float64), atol=1e-12)
     with pytest.raises(UserError):
         rotated({"bad": torch.tensor([float("nan"), 1.0])}, 0)
+
+
+def test_p_is_uniform_where_the_learned_family_is_a_random_one_and_not_beside_draws_for_each_site() -> None:
+    """A model that reads the sum of ten layers' pushes, and directions that agree (cosine about 0.5), turned at random: nothing
+    that it reads is in them. Rotations of the family say so; draws for each site call a third of the families significant."""
+    d, n_layers, n_draws, g = 48, 10, 19, torch.Generator().manual_seed(5)
+    family = torch.randn(1, d, generator=g) + torch.randn(n_layers, d, generator=g)
+    read = torch.randn(d, generator=g, dtype=torch.float64)
+    p: dict[str, list[float]] = {"rotations": [], "per site": []}
+    for seed in range(400):
+        learned = rotated({"family": family}, 10_000 + seed)["family"]
+        turned = torch.stack([each["family"] for each in rotations({"family": learned}, n_draws, seed)])
+        apart = (
+            random_unit_vectors(n_draws * n_layers, d, seed).view(n_draws, n_layers, d) * learned.norm(dim=1)[:, None]
+        )
+        for name, draws in (("rotations", turned), ("per site", apart)):
+            effects = [float((each.sum(0) @ read).abs()) for each in (learned, *draws)]
+            p[name].append(Beside.of(effects[0], effects[1:]).p("greater"))
+    ranks = np.arange(1, 21) / 20  # p takes these values, each as often
+    rates = {name: np.array([np.mean(np.array(x) <= r + 1e-9) for r in ranks]) for name, x in p.items()}
+    assert np.abs(rates["rotations"] - ranks).max() < 1.63 / 400**0.5  # Kolmogorov's 1 % bound
+    assert rates["rotations"][0] < 0.09 and rates["per site"][0] > 0.3
+
+
+def test_draws_of_rotations_are_those_of_their_seeds_whatever_their_number() -> None:
+    vectors = {"a": torch.randn(3, 16), "b": torch.randn(16)}
+    few, many = rotations(vectors, 2, 7), rotations(vectors, 5, 7)
+    for one, other in zip(few, many, strict=False):
+        assert torch.equal(one["a"], other["a"]) and torch.equal(one["b"], other["b"])
+    assert len({*draw_seeds(50, 0), *draw_seeds(50, 1)}) == 100
+
+
+def test_the_nearest_turn_keeps_the_gram_matrix_and_finds_a_turn_that_was_made() -> None:
+    torch.manual_seed(1)
+    v = torch.randn(4, 3, dtype=torch.float64) @ torch.randn(3, 24, dtype=torch.float64)  # four vectors of rank 3
+    turned = rotated({"v": v}, 3)["v"]
+    basis, images = nearest_turn(v, turned)
+    assert basis.shape == images.shape == (3, 24)
+    torch.testing.assert_close(v @ basis.T @ images, turned)
+    target = torch.randn(4, 24, dtype=torch.float64)
+    basis, images = nearest_turn(v, target)
+    found = v @ basis.T @ images
+    torch.testing.assert_close(found @ found.T, v @ v.T)
+    inside = torch.linalg.qr(target.T)[0]
+    torch.testing.assert_close(found @ inside @ inside.T, found)
+    # No other turn is nearer.
+    for seed in range(200):
+        other = rotated({"v": v}, seed)["v"]
+        near = 0.9 * found + 0.1 * other
+        b, c = nearest_turn(v, near)
+        for each in (other, v @ b.T @ c):
+            assert float((found - target).norm()) <= float((each - target).norm()) + 1e-9
+    with pytest.raises(UserError, match="smaller span"):
+        nearest_turn(v, target[:1].expand(4, -1))
 
 
 def test_values_that_do_not_belong_together_are_refused() -> None:

@@ -29,7 +29,7 @@ SIZES = {
     "component_attribution": ["--heads", "2", "--random", "6", "--prompts", "6"],
     "patch_effects": ["--report", "96", "--pairs", "6"],
     "compare_methods": [
-        *("--fit", "40", "--select", "40", "--report", "40", "--methods", "md", "selective", "prompt_open"),
+        *("--fit", "40", "--select", "40", "--report", "40", "--methods", "md", "wrmd", "selective", "prompt_open"),
         *("--judged", "16", "--screened", "8", "--conversations", "8", "--watch", "borderline", "general"),
     ],
     "random_audit": ["--prompts", "6", "--vectors", "8", "--conversations", "4"],

@@ -209,7 +209,7 @@ def test_the_whole_study_resumes_and_draws(
     assert len(data["chosen"]) == 2 and float(result.tensors["direction"].norm()) == pytest.approx(1, abs=1e-5)
     assert sum(s["effect"]["value"] for s in data["attention"]["spans"].values()) == pytest.approx(1, abs=1e-4)
     steps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "steps").glob("*/result.json")}
-    assert len(steps) == 6
+    assert len(steps) == 7
     # Finished steps need no second model.
     monkeypatch.setattr(component_steps, "load_backend", lambda *_, **__: pytest.fail("loaded again"))
     assert run_command(Config, run, arguments) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -11,22 +11,29 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from rsteer_interp.backends.edits import At, Edit, Site
+from rsteer_interp.backends.edits import Around, At, Site
 from rsteer_interp.errors import UserError
+from rsteer_interp.reader import UNSTEERED
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.results import Result
 from rsteer_interp.statistics.rotation import random_frame, rotated
 from rsteer_interp.studies.dimension_inputs import SETS, Inputs, groups_of, over_subjects, part
-from rsteer_interp.studies.dimension_judged import check, in_closed_form
-from rsteer_interp.studies.dimension_results import Ablations, Check, Dimensions, dimensions_of, read_dimensions
-from rsteer_interp.studies.dimension_runs import Bench, ablation_sweep
+from rsteer_interp.studies.dimension_judged import check
+from rsteer_interp.studies.dimension_results import (
+    ABLATION,
+    ROTATED,
+    Ablations,
+    Check,
+    Dimensions,
+    dimensions_of,
+    read_dimensions,
+)
+from rsteer_interp.studies.dimension_runs import Bases, Bench, ablation_sweep, with_nulls
 from rsteer_interp.studies.dimension_steps import ablation, addition, union
 from rsteer_interp.studies.dimension_sweep import Base, Swept, sweep_curves
 from rsteer_interp.studies.dimension_words import by_basis, causal_finding, causal_tables
-from rsteer_interp.studies.doses import Dosed, mean_doses
 from rsteer_interp.studies.subspace_union import energy, leading, union_ranks
 from rsteer_interp.studies.subspaces import families, mean_first, resampled, vectors
-from rsteer_interp.studies.turned_ablation import Ablated, Bases, Turned
 from tests.planted_sites import N_SITES, WIDTH, PlantedStudy
 from tests.tiny_models import tiny_backend, tiny_rows
 
@@ -111,8 +118,8 @@ def test_random_labels_remove_no_more_than_rotations_by_any_basis() -> None:
         shared = {"layer": own[Site(3)], "global": leading(own)[:1]}
         every: dict[str, Bases] = {"site": own, **{name: dict.fromkeys(own, rows) for name, rows in shared.items()}}
         for i, (basis, bases) in enumerate(every.items()):
-            turned = [rotated(bases, 1000 * seed + 10 * i + j) for j in range(6)]
-            outcome = ablation_sweep(bench, bases, [1], turned)["outcome"][:, :, 0]
+            turns = [random_frame(WIDTH, WIDTH, 1000 * seed + 10 * i + j).float() for j in range(6)]
+            outcome = ablation_sweep(bench, bases, [1], turns)["outcome"][:, :, 0]
             removed = bench.measure(None)[0] - outcome
             base = Base(removed[0, 0], -removed[0, 0], range(12), range(12))
             curves, _ = sweep_curves({"x": Swept([1], removed[:, 0], removed[:, 1:])}, base, n_draws=2)
@@ -122,69 +129,38 @@ def test_random_labels_remove_no_more_than_rotations_by_any_basis() -> None:
         assert sum(value <= 0.05 for value in values) <= 8, basis
 
 
-class Displacements:
+def test_a_sweeps_null_is_as_long_as_its_ablation_at_every_site_and_in_the_sum() -> None:
+    """The study's own edits, on a model whose later states its own edit changes; per-site rows that agree at two sites."""
+    backend = tiny_backend("llama")
+    bases = {Site(layer): random_frame(2, 32, layer) for layer in (1, 2, 3)}
+    bases[Site(2)] = bases[Site(1)].flip(0)
+    batch = backend.batch(tiny_rows(backend))
+    found = []
+    for edit in with_nulls(backend, bases, [random_frame(32, 32, 7).float()]):
+        moved = Displacements(edit)
+        backend.logits(batch, moved)
+        found.append(moved.of("prompt"))
+    own, null = found
+    assert not torch.allclose(own, null, atol=0.1)
+    torch.testing.assert_close(
+        null @ null.mT, own @ own.mT, atol=2e-5, rtol=1e-4
+    )  # lengths, and products between sites
+    torch.testing.assert_close(null.sum(2).norm(dim=-1), own.sum(2).norm(dim=-1), atol=2e-5, rtol=1e-4)
+
+
+@dataclass(frozen=True, eq=False)
+class Displacements(Around):
     """An edit that keeps how far another moves every state."""
 
-    pointwise = True
-
-    def __init__(self, edit: Edit) -> None:
-        self.edit, self.sites = edit, edit.sites
-        self.moved: dict[tuple[Site, str], Tensor] = {}
+    moved: dict[tuple[Site, str], Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, at: At) -> Tensor:
         out = self.edit(x, at)
-        self.moved[at.site, at.phase] = (out - x).double()
+        self.moved[at.site, at.phase] = torch.where(at.mask[..., None], (out - x).double(), 0.0)  # padding is nobody's
         return out
 
     def of(self, phase: str) -> Tensor:
         return torch.stack([value for (_, p), value in sorted(self.moved.items()) if p == phase], 2)  # row pos site d
-
-
-def displaced(into: Bases | None, bases: Bases) -> tuple[Displacements, Displacements]:
-    backend = tiny_backend("llama")
-    batch = backend.batch(tiny_rows(backend))
-    ablated = Ablated(bases)
-    own, null = Displacements(ablated), Displacements(Turned(ablated, into or bases))
-    backend.logits(batch, own)
-    backend.logits(batch, null)
-    return own, null
-
-
-def test_the_null_keeps_every_displacement_and_their_inner_products_between_sites() -> None:
-    """Of states that its own edit changes: the dose is the ablation's at each state, and so is the sum over sites."""
-    bases = {Site(layer): random_frame(2, 32, layer) for layer in (1, 2, 3)}
-    bases[Site(2)][0] = bases[Site(1)][0]  # neighbours agree
-    bases[Site(2)] = torch.linalg.qr(bases[Site(2)].T).Q.T
-    own, null = displaced(rotated(bases, 5), bases)
-    for phase in ("prefix", "prompt"):
-        a, b = own.of(phase), null.of(phase)
-        assert a.numel() and not torch.allclose(a, b, atol=0.1)
-        torch.testing.assert_close(b @ b.mT, a @ a.mT, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(b.sum(2).norm(dim=-1), a.sum(2).norm(dim=-1), atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("fault", ["one random basis for all sites", "a random basis for each site"])
-def test_a_null_that_forgets_what_sites_share_is_caught(fault: str) -> None:
-    bases = {Site(layer): random_frame(2, 32, layer) for layer in (1, 2, 3)}
-    bases[Site(2)] = bases[Site(1)]
-    same = fault.startswith("one")
-    into = {s: random_frame(2, 32, 50 if same else 50 + s.layer) for s in bases}
-    own, null = displaced(into, bases)
-    a, b = own.of("prompt"), null.of("prompt")
-    torch.testing.assert_close(b.norm(dim=-1), a.norm(dim=-1), atol=2e-5, rtol=1e-4)  # each site's dose is right
-    assert float((b @ b.mT - a @ a.mT).abs().max()) > 0.05
-
-
-def test_while_decoding_the_null_has_the_ablations_mean_dose() -> None:
-    backend = tiny_backend("llama")
-    rows, sites = tiny_rows(backend), [Site(1), Site(2), Site(3)]
-    bases: Bases = dict.fromkeys(sites, random_frame(4, backend.d_model, 1))
-    found = ablation_sweep(Bench.of(backend, rows, (5, 9), 1), bases, [4], [])
-    closed = Dosed(in_closed_form(bases, rotated(bases, 3), found["dose"][0, 0] / found["share"][0]))
-    for _ in backend.batches(rows, lambda batch: backend.run(batch, closed)):
-        pass
-    doses = torch.cat([mean_doses(closed.totals)[s] for s in sites])
-    assert float(doses.mean() / found["dose"][0, 0].mean()) == pytest.approx(1, abs=0.15)
 
 
 # -- the union ---------------------------------------------------------------------------------------------------
@@ -250,8 +226,8 @@ def test_judged_replies_and_log_odds_agree_where_replies_follow_them() -> None:
     assert base.judged.rate == base.by_log_odds.rate == 1 and base.judged_answered.rate == 0
     assert one.judged.rate < 0.8 and found.n_refused == found.n_answered == 16
     assert all(row.drift.value == 0 and row.judged == row.by_log_odds for row in found.rows)
-    assert found.null_auc is not None and found.null_auc.value == 1
-    assert found.auc is None  # nothing is refused under any of these ablations
+    assert found.kinds[UNSTEERED].valid and found.kinds[ROTATED].valid
+    assert found.kinds[ABLATION].area is None  # nothing is refused under any of these ablations
 
 
 def test_a_read_out_that_an_edit_leaves_behind_is_seen() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import rsteer_interp.studies.layers as study
 from analyses.layer_concentration import Config, run
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.command_line import run as run_command
+from rsteer_interp.directions import Evidence
 from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import Displace, ablate, add
 from rsteer_interp.nulls import max_correlation_null, random_unit_vectors
@@ -18,7 +21,7 @@ from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.results import load_result
 from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
 from tests.study_fixture import study_arguments
-from tests.tiny_models import tiny_backend, tiny_rows
+from tests.tiny_models import draw, tiny_backend, tiny_rows
 
 TOKENS = (5, 9, 30)
 
@@ -42,6 +45,23 @@ def test_one_site_equals_the_plain_way() -> None:
     assert got.shape == (2, 3, len(rows))
     plain = log_odds(backend, rows, TOKENS, add({Site(3): random[1]}, {Site(3): -0.7}))
     torch.testing.assert_close(got[1, 2], plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("null", ["isotropic", "covariance"])
+def test_a_draw_of_the_null_is_one_for_all_layers(null: str) -> None:
+    """So that a curve of the null is as smooth over layers as one of a family that agrees."""
+    units = {Site(i): torch.nn.functional.normalize(draw(64, seed=0) + draw(64, seed=i), dim=0) for i in (1, 2, 3)}
+    shared, scores = draw(30, 64, seed=9), torch.arange(30).double() % 2 - 0.5
+    evidence = {s: Evidence(shared + 0.2 * draw(30, 64, seed=20 + s.layer), scores) for s in units}
+    config: Any = SimpleNamespace(null=null, random=4, seed=3)
+    found = torch.stack(list(study.null_directions(config, units, evidence).values()), 1).double()  # draw, layer, d
+    own = torch.stack(list(units.values()))
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(4, 3).double())
+    if null == "isotropic":
+        torch.testing.assert_close(found @ found.mT, (own @ own.T).expand(4, -1, -1), atol=1e-6, rtol=0)
+    else:
+        assert float((found[:, 0] * found[:, 1]).sum(-1).min()) > 0.9
+    assert float((found[0] * found[1]).sum(-1).abs().max()) < 0.6
 
 
 def test_the_causal_curve_finds_the_layer_where_the_direction_was_written_in() -> None:
@@ -146,3 +166,31 @@ def test_every_method_is_read_and_one_more_redoes_no_causal_step(
     for wrong in (["--methods", "md", "nobody"], ["--methods", "md", "md"], ["--random", "3"]):
         assert run_command(Config, run, [*arguments, *wrong]) == 2
         assert capsys.readouterr().err.startswith(f"error: {wrong[0]}")
+
+
+def test_a_weighted_method_gets_graded_scores_or_says_why_it_is_left_out(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One reply each makes |c| = 1 everywhere, and the weighted ridge the plain one to the last bit."""
+    methods = ["--methods", "rmd", "wrmd", "rmd_loso"]
+    assert run_command(Config, run, [*arguments, *methods]) == 0
+    data = load_result(tmp_path / "out", kind=study.KIND).data
+    assert data["methods"] == methods[1:] and data["left_out"] == {}
+    assert data["readouts"]["rmd"]["r"] != data["readouts"]["wrmd"]["r"]
+    rows = data["directions"]
+    assert rows["wrmd"]["cosine_unweighted"] < 1 - 1e-6 and rows["rmd"]["cosine_unweighted"] is None
+    assert rows["rmd"]["layer"] == data["readouts"]["rmd"]["chosen_on_select"]["layer"]
+    assert all(0 <= row["null_space_share"] <= 1 <= row["effective_rank"] for row in rows.values())
+    assert {p.name for p in (tmp_path / "scores").glob("*_sampled")} == {
+        "fit_political_sensitive_sampled",
+        "fit_political_matched_sampled",
+    }
+    said = capsys.readouterr().out
+    assert "How far the directions can be trusted" in said and "RMD LOSO" in said
+
+    assert run_command(Config, run, [*arguments, *methods, "--samples", "1"]) == 0
+    data = load_result(tmp_path / "out", kind=study.KIND).data
+    assert data["methods"] == ["rmd", "rmd_loso"] and "--samples 4 or more" in data["left_out"]["wrmd"]
+    assert "WRMD is not applicable: 'wrmd' weighs prompts by |c|" in " ".join(capsys.readouterr().out.split())
+    assert run_command(Config, run, [*arguments, "--methods", "wmd", "--samples", "1"]) == 2
+    assert "error: 'wmd' weighs prompts by |c|" in capsys.readouterr().err

@@ -19,10 +19,12 @@ from rsteer_interp.backends.edits import At, Site
 from rsteer_interp.batch import Tokens
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.errors import UserError
-from rsteer_interp.evaluation import log_odds
-from rsteer_interp.patching import Cell, Patch, all_states, patched_log_odds
+from rsteer_interp.evaluation import log_odds, log_odds_of_each
+from rsteer_interp.patching import Cell, Patch, PatchLast, all_states, patched_log_odds
+from rsteer_interp.refusal_scores import replies_of_each
 from rsteer_interp.results import load_result
 from rsteer_interp.studies.patch_map import control, hand_over, held_out_best, make_pairs, patch_map
+from tests.refusing_model import OpeningJudge
 from tests.study_fixture import study_arguments
 from tests.tiny_models import KINDS, Kind, tiny_backend
 
@@ -74,6 +76,22 @@ def test_all_positions_or_the_last_state_make_it_the_donor() -> None:
     got = patched_log_odds(backend, rows[0], states, [*whole, end], TOKENS)
     assert float((base - base[0]).abs().max()) > 0.1
     torch.testing.assert_close(got, base[:, None].expand_as(got), atol=1e-5, rtol=0)
+
+
+def test_a_patch_of_the_last_token_is_the_cell_there() -> None:
+    """Alone, and as one of many settings of a batch, with the log-odds that generation under it reads."""
+    backend = tiny_backend("qwen2")
+    rows, states, _ = _three(backend)
+    last, sites = len(rows[0].ids), [Site(1), Site(3)]
+    cells = [Cell(site, last - 1, last) for site in sites]
+    wanted = patched_log_odds(backend, rows[0], states, cells, TOKENS)
+    edits = [PatchLast(site, states[site][1, -1]) for site in sites]
+    got = log_odds_of_each(backend, rows[:1], TOKENS, edits)[:, 0]
+    torch.testing.assert_close(got, wanted[1], atol=1e-5, rtol=0)
+    read = [replies[0].log_odds for replies in replies_of_each(
+        backend, rows[:1], ["why"], OpeningJudge(), edits, max_new_tokens=2, refusal_tokens=TOKENS
+    )]  # fmt: skip
+    torch.testing.assert_close(torch.tensor(read).double(), wanted[1], atol=1e-5, rtol=0)
 
 
 def test_the_template_prefix_is_the_same_in_all_prompts() -> None:
@@ -175,7 +193,8 @@ def test_the_whole_study_resumes_and_draws(
         assert into["share"]["value"][last] > 0.5  # one block before the end nearly all sits at the last token
         assert all(0 <= p <= q <= 1 for p, q in zip(into["p"], into["q"], strict=True))
     steps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "steps").glob("*/result.json")}
-    assert len(steps) == data["n"]
+    assert len(steps) == data["n"] + len(study.INTO)  # a step per pair, and the judged patches of either way
+    assert set(data["read_out"]) == {"patches into refused prompts", "patches into answered prompts"}
     assert run_command(Config, run, arguments) == 0
     assert capsys.readouterr().out == first
     assert {p: p.stat().st_mtime_ns for p in steps} == steps

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +13,17 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import rsteer_interp.studies.refusal_geometry as study
+import rsteer_interp.studies.refusal_steering as refusal_steering
 from analyses.refusal_geometry import Config, run
 from figures import refusal_geometry as figure
 from rsteer_interp.activations import last_states
-from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.batching import Prepared
+from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.directions import Evidence
 from rsteer_interp.directions.mean_difference import MeanDifference
+from rsteer_interp.evaluation import log_odds_of_each
 from rsteer_interp.interventions import ablate
 from rsteer_interp.nulls import random_unit_vectors, split_half
 from rsteer_interp.reproduction.scores import Scored
@@ -32,10 +39,11 @@ from rsteer_interp.studies.direction_atlas import (
 )
 from rsteer_interp.studies.independence import shifts, summary
 from rsteer_interp.studies.refusal_kinds import Kind, weights
-from rsteer_interp.studies.refusal_steering import random_directions, windows
+from rsteer_interp.studies.refusal_steering import Prompts, Transfer, random_directions, windows
 from rsteer_interp.studies.transfer import auc, cells, dissociation, dose_for
+from tests.pushes import equal_dose, pushes
 from tests.study_fixture import study_arguments
-from tests.tiny_models import tiny_backend, tiny_rows
+from tests.tiny_models import PROMPTS, draw, tiny_backend, tiny_rows
 
 D, SUBJECTS, EACH = 256, 12, 4
 
@@ -202,6 +210,49 @@ def test_doses_dissociation_and_auc() -> None:
     found = auc(x, labels, range(40))
     assert found["value"] == pytest.approx(roc_auc_score(labels.numpy(), x.numpy()))
     assert found["p"] > 0.05 and found["low"] < 0.5 < found["high"]
+
+
+def test_the_null_of_a_row_is_of_equal_dose_in_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adding and ablating over a window: every kind's nulls are its own edit, turned into the span of the random directions."""
+    backend, asked = tiny_backend("llama"), list[Edit]()
+    rows, sites = tiny_rows(backend), [Site(1), Site(2), Site(3)]
+
+    def spied(backend: Backend, rows: Prepared, tokens: list[int], edits: list[Edit]) -> Tensor:
+        asked.extend(edits)
+        return log_odds_of_each(backend, rows, tokens, edits)
+
+    def stage(name: str, key: dict[str, Any], compute: Callable[[], Any]) -> SimpleNamespace:
+        data, tensors = compute()
+        return SimpleNamespace(data=data, tensors=tensors)
+
+    monkeypatch.setattr(refusal_steering, "log_odds_of_each", spied)
+    fake: Any = SimpleNamespace(
+        backend=backend, template=backend.template(), refusal_tokens=(5,), n_layers=4, stage=stage
+    )
+    units = {
+        name: {
+            s: torch.nn.functional.normalize(draw(32, seed=s.layer + k) + draw(32, seed=k), dim=0).float()
+            for s in sites
+        }
+        for k, name in ((10, "a"), (20, "b"))
+    }
+    random = random_directions({s: draw(20, 32, seed=40 + s.layer).float() for s in sites}, 4, 0)
+    prompts = Prompts(list(PROMPTS), ["a", "b"] * 3, list(PROMPTS))
+    transfer = Transfer(fake, units, random, 2, prompts, prompts, 0.3, {})
+    transfer.__dict__["window"] = {"layers": [1, 2, 3]}
+    found = transfer.rows
+    assert len(asked) == 12 and list(found) == ["a", "b"]
+    for k, (removed, sizes) in enumerate(found.values()):
+        assert removed.shape == (2, 3, len(PROMPTS))
+        for way in (0, 1):
+            own, *nulls = pushes(backend, rows, *asked[6 * k + 3 * way :][:3])
+            assert all(equal_dose(own, null) for null in nulls)
+            span = torch.linalg.qr(torch.stack([random[s][2 * k] for s in sites]).double().T)[0]
+            moved = torch.cat(list(nulls[0].values()))
+            assert float((moved - moved @ span @ span.T).norm() / moved.norm()) < 1e-4
+        total = sum(x[0] for x in pushes(backend, rows, asked[6 * k])[0].values())
+        assert sizes[0] == pytest.approx(float(torch.as_tensor(total).norm()), rel=1e-4)
+    assert transfer.equal_dose()["add"]["n_random"] == 4
 
 
 def test_windows_lie_inside_the_model() -> None:

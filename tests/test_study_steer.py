@@ -13,11 +13,12 @@ import tyro
 
 from analyses import apply_steering
 from analyses.steer import Config, run
-from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.command_line import run as run_command
 from rsteer_interp.directions.retain import null_space
 from rsteer_interp.evaluation import reply_log_probs
 from rsteer_interp.gates import Gate
+from rsteer_interp.interventions import add
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.refusal_scores import reply_and_judge
 from rsteer_interp.results import load_result
@@ -26,11 +27,14 @@ from rsteer_interp.steering import Steering, load_steering
 from rsteer_interp.studies.selective_steering import KIND
 from rsteer_interp.studies.selective_steering.condition import holds, scores
 from rsteer_interp.studies.selective_steering.directions import families, kept_refusal
+from rsteer_interp.studies.selective_steering.frontier import frontier as report_frontier
 from rsteer_interp.studies.selective_steering.replies import Outcome, outcome, outcomes_of_each
 from rsteer_interp.studies.selective_steering.report_split import induction_targets, removal_targets
 from rsteer_interp.studies.selective_steering.search import Candidate, Found, bands, search, steering_for
 from rsteer_interp.studies.study import Study
+from tests.pushes import equal_dose, pushes
 from tests.study_fixture import study_arguments
+from tests.tiny_models import tiny_rows
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,29 @@ def test_the_families_keep_what_they_promise(study: Study) -> None:
         )
         for vectors in found.values():
             assert float(vectors[site].norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_frontiers_null_is_the_mean_difference_turned_by_one_rotation_for_all_layers(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large a push in the sum of the layers, of which the plain draws for each layer were not."""
+    found, references = families(study, study.config)  # type: ignore[arg-type]
+    asked: list[Edit] = []
+
+    def caught(*args: Any, **options: Any) -> None:
+        asked.extend(args[4])
+        raise InterruptedError
+
+    frontier = sys.modules[report_frontier.__module__]
+    monkeypatch.setattr(frontier, "replies_of_each", caught)
+    unit = dict.fromkeys(study.sites, 3.0)
+    gate = Gate(Site(1), torch.ones(study.backend.d_model).double(), 0.0)
+    with pytest.raises(InterruptedError):
+        report_frontier(study, study.config, found, references, unit, (1, 2, 3), gate)  # type: ignore[arg-type]
+    random = asked[-frontier.RANDOM :]
+    own = add({Site(n): found["md"][Site(n)] for n in (1, 2, 3)}, {Site(n): -0.5 * 3.0 for n in (1, 2, 3)})
+    pushed, *nulls = pushes(study.backend, tiny_rows(study.backend), own, *random)
+    assert len(nulls) == frontier.RANDOM and all(equal_dose(pushed, null) for null in nulls)
 
 
 def _fake_outcomes(monkeypatch: pytest.MonkeyPatch, rates: Any, asked: list[Any] | None = None, n: int = 100) -> None:

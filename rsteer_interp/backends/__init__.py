@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from rsteer_interp.backends.base import Backend
     from rsteer_interp.backends.edits import Site
-    from rsteer_interp.checkpoints import Checkpoint, LoadedModel
+    from rsteer_interp.checkpoints import Checkpoint
+    from rsteer_interp.loading import LoadedModel
 
 __all__ = ["BackendName", "LoadOptions", "configured_backend", "load_backend"]
 
@@ -36,6 +37,8 @@ class LoadOptions(Protocol):
     @property
     def trust_remote_code(self) -> bool: ...
     @property
+    def verify(self) -> bool: ...
+    @property
     def batch_size(self) -> int: ...
 
 
@@ -48,6 +51,7 @@ def configured_backend(options: LoadOptions, model: str, backend: BackendName) -
         dtype=options.dtype,
         device_map=options.device_map,
         trust_remote_code=options.trust_remote_code,
+        verify=options.verify,
         batch_size=options.batch_size,
     )
 
@@ -62,6 +66,7 @@ def load_backend(
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    verify: bool = False,
     sites: Iterable[Site | str] | None = None,
     batch_size: int = 64,
 ) -> Backend:
@@ -70,16 +75,21 @@ def load_backend(
     backend "auto", in this order: hooks with a `device_map` or quantised weights; TransformerLens when `sites` names
     something that only it has, or when the model has fewer than 300M parameters; hooks otherwise. When TransformerLens was
     taken for size alone and cannot hold the model, hooks take its place and `notes` says so. A name given here wins.
-    model: whatever `checkpoints.resolve` takes. A loaded model is copied for TransformerLens, which changes its model.
+    model, verify: what `checkpoints.resolve` takes. A loaded model is copied for TransformerLens, which changes its model.
     Raises UserError, naming the site that neither the chosen backend nor, with "auto", the other one has.
     """
-    from rsteer_interp.checkpoints import Checkpoint, load, resolve
+    from rsteer_interp.checkpoints import Checkpoint, resolve
+    from rsteer_interp.loading import load
 
     if backend not in ("auto", "transformerlens", "hooks"):
         raise UserError(f"no backend '{backend}'; choose auto, transformerlens or hooks")
     if backend == "transformerlens" and device_map is not None:
         raise UserError("device_map needs the hooks backend; leave out one of the two")
-    checkpoint = model if isinstance(model, Checkpoint) else resolve(model, revision=revision, tokenizer=tokenizer)
+    checkpoint = (
+        model
+        if isinstance(model, Checkpoint)
+        else resolve(model, revision=revision, tokenizer=tokenizer, verify=verify)
+    )
     wanted, hook_names = _split(sites or ())
 
     def loaded() -> LoadedModel:

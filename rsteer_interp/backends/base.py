@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +18,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rsteer_interp.backends.batching import Batching
-from rsteer_interp.backends.edits import At, Edit, Phase, Site, decide_ahead, leaves_prefix, rowwise
+from rsteer_interp.backends.edits import At, Edit, Phase, Site, compose, decide_ahead, leaves_prefix, rowwise
+from rsteer_interp.backends.finite import NotFinite, Reading, StatesNotFinite, check_logits, check_states, check_steps
 from rsteer_interp.backends.key_values import fill_blank, joined
 from rsteer_interp.backends.linear_kernel import prefers_onednn, use_onednn
 from rsteer_interp.backends.sampling import Replies, Sampling, choose, uniform_numbers
 from rsteer_interp.batch import Batch, Start
 from rsteer_interp.errors import UserError
+from rsteer_interp.key import of_model
+from rsteer_interp.turn_ends import turn_ends
 
 T = TypeVar("T")
 
@@ -37,6 +41,8 @@ class _Run:
 
     batch: Batch
     edit: Edit | None
+    model: str  # its class, for messages
+    everywhere: bool = False  # look at every site for states that are not finite, not at the last alone
     memory: dict[Any, Any] = field(default_factory=dict)
 
     def hooks(
@@ -44,6 +50,8 @@ class _Run:
     ) -> dict[Site, Callable[[Tensor], Tensor]]:
         if self.edit is None:
             return {}
+        # What is not finite stays so on its way through the stream: looking at the last site is looking at all.
+        last = max(self.edit.sites, default=None) if phase != "decode" else None
 
         def at_site(site: Site) -> Callable[[Tensor], Tensor]:
             def apply(x: Tensor) -> Tensor:
@@ -61,7 +69,10 @@ class _Run:
                 out = self.edit(x, spot)
                 if out.shape != x.shape:
                     raise UserError(f"edit at {site} returned shape {tuple(out.shape)} for input {tuple(x.shape)}")
-                return out.to(x.dtype)
+                out = out.to(x.dtype)
+                if site == last or (self.everywhere and last is not None):
+                    check_states(out, mask, site, self.model)
+                return out
 
             return apply
 
@@ -80,10 +91,15 @@ class Backend(Batching):
             0  # prompts that went through the model so far: what a method's fitting costs, on any machine
         )
         self.notes: list[str] = []  # what this backend could not do and did another way; goes into the run's record
-        self.stop_ids = _stop_ids(model, tokenizer)
+        self.stop_ids = turn_ends(model, tokenizer)
         if prefers_onednn() and use_onednn(model):
             self.notes.append("fp32 linear layers run by oneDNN, which is faster than MKL on this processor")
         self.checkpoint: Any = None  # the Checkpoint it was loaded from, when `load_backend` made it
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What results depend on here (see `key.of_model`), as it is when first asked for: memory may run out later."""
+        return of_model(self)
 
     # -- what a backend supplies ---------------------------------------------------------------------------------
 
@@ -137,17 +153,18 @@ class Backend(Batching):
     def run(self, batch: Batch, edit: Edit, *, grad: bool = False) -> None:
         """Run the body of the model for what the edit does or records; no logits, stops after the last site."""
         with _grad(grad):
-            self._prompt_pass(_Run(batch, edit), keep=0, use_cache=False)
+            self._prompt_pass(self._run(batch, edit), keep=0, use_cache=False)
 
     def logits(
         self, batch: Batch, edit: Edit | None = None, *, keep: int = 1, grad: bool = False
     ) -> Float[Tensor, "row keep vocab"]:
         """Logits at the last `keep` columns (with left padding, the last is every row's last token).
 
-        What stands at a row's columns inside the template prefix that all rows share is undefined.
+        What stands at a row's columns inside the template prefix that all rows share is undefined. UserError where a real
+        token's logits hold a NaN or +inf, or -inf alone.
         """
         with _grad(grad):
-            logits, _, _ = self._prompt_pass(_Run(batch, edit), keep=keep, use_cache=False)
+            logits, _, _ = self._prompt_pass(self._run(batch, edit), keep=keep, use_cache=False)
         assert logits is not None
         return logits
 
@@ -159,16 +176,38 @@ class Backend(Batching):
         sampling: Sampling | None = None,
         read: Callable[[Float[Tensor, "row vocab"]], Tensor] | None = None,
     ) -> Replies:
-        """Greedy replies, or `sampling.n` sampled ones per prompt from one prompt pass. Stops at the model's end tokens.
+        """Greedy replies, or `sampling.n` sampled ones per prompt from one prompt pass. Stops at every end of a turn (`turn_ends`).
 
         Rows that have ended leave the batch. `read` is applied to the first token's logits, which are there anyway.
         """
         with _grad(False):
-            return self._generate(_Run(batch, edit), max_new_tokens, sampling, read)
+            return self._generate(self._run(batch, edit), max_new_tokens, sampling, read)
+
+    def _run(self, batch: Batch, edit: Edit | None) -> _Run:
+        return _Run(batch, edit, type(self.model).__name__)
 
     def _prompt_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
-        """Logits, cache and mask after the prompt tokens; the prefix that all rows share is computed once where exact."""
+        """Logits, cache and mask after the prompt tokens. UserError for what is not finite, naming the first site if a
+        second pass that looks at every one finds it."""
         self.check_sites(run.edit)
+        try:
+            return self._one_pass(run, keep=keep, use_cache=use_cache)
+        except NotFinite as error:
+            if run.everywhere:
+                raise
+            stream = Reading(frozenset(Site(layer) for layer in range(self.n_layers + 1)))
+            again = _Run(run.batch, compose(run.edit, stream), run.model, everywhere=True)
+            first = error
+            try:
+                self._one_pass(again, keep=keep, use_cache=use_cache)
+            except StatesNotFinite as found:
+                first = found
+            except UserError:
+                pass  # no state is at fault, or an edit cannot be run twice
+            raise first from None
+
+    def _one_pass(self, run: _Run, *, keep: int, use_cache: bool) -> tuple[Tensor | None, Any, Tensor]:
+        """The pass itself; the prefix that all rows share is computed once where exact."""
         decide_ahead(run.edit, run.batch, run.memory)
         batch = run.batch
         self.prompts_run += len(batch)
@@ -192,6 +231,8 @@ class Backend(Batching):
             logits, cache = self._forward(
                 ids, full_mask, positions, cache=cache, hooks=hooks, keep=keep, use_cache=use_cache
             )
+        if logits is not None:
+            check_logits(logits, full_mask, run.edit, run.model)
         return logits, cache, full_mask
 
     def _shared_width(self, batch: Batch, edit: Edit | None, keep: int) -> int:
@@ -270,6 +311,7 @@ class Backend(Batching):
             )
             assert step_logits is not None
             logits, positions = step_logits[:, -1], positions + 1
+        check_steps(log_probs, run.edit, run.model)
         return Replies(ids.cpu(), lengths.cpu(), log_probs.cpu(), first)
 
     def _first_step(self, run: _Run) -> tuple[Tensor, Any, Tensor]:
@@ -279,7 +321,9 @@ class Backend(Batching):
         parts = [list(range(len(batch)))]
         if (edit is None or rowwise(edit)) and self.can_share_prefix:
             parts = self.groups(batch.rows, len(batch))
-        runs = [run] if len(parts) == 1 else [_Run(self.batch([batch.rows[i] for i in part]), edit) for part in parts]
+        runs = (
+            [run] if len(parts) == 1 else [self._run(self.batch([batch.rows[i] for i in part]), edit) for part in parts]
+        )
         passed = [self._prompt_pass(each, keep=1, use_cache=True) for each in runs]
         logits = torch.cat([found[:, -1] for found, _, _ in passed if found is not None])
         if len(parts) == 1:
@@ -291,11 +335,12 @@ class Backend(Batching):
         return logits[order.to(logits.device)], cache, mask
 
     def decode(self, replies: Replies) -> list[str]:
-        """Text of each reply, without special tokens."""
-        return [
-            self.tokenizer.decode(row[:length].tolist(), skip_special_tokens=True)
-            for row, length in zip(replies.ids, replies.lengths.tolist(), strict=True)
-        ]
+        """Text of each reply, without its end and without special tokens."""
+        texts = []
+        for row, length in zip(replies.ids.tolist(), replies.lengths.tolist(), strict=True):
+            ended = length > 0 and row[length - 1] in self.stop_ids  # a tokenizer may not call its end of turn special
+            texts.append(self.tokenizer.decode(row[: length - ended], skip_special_tokens=True))
+        return texts
 
 
 def _usable_start(batch: Batch, edit: Edit | None, shared: int) -> Start | None:
@@ -340,11 +385,3 @@ def adds_up(before: Tensor, a: Tensor, b: Tensor, after: Tensor) -> bool:
     size = before.abs() + a.abs() + b.abs()
     off = (before.double() + a.double() + b.double() - after.double()).abs()
     return bool((off <= 8 * torch.finfo(after.dtype).eps * size).all())
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found |= {value} if isinstance(value, int) else set(value or ())
-    return frozenset(found)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rsteer_interp.batch import Batch
+from rsteer_interp.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class Sampling:
     n: int = 1
     temperature: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature} draws nothing; give a positive number, or greedy replies")
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,6 @@ def _check(backend: Backend, model: str) -> None:
     short, long = _tokens(backend, 2), _tokens(backend, 5)
     padded = make_batch([short, long], 0, backend.device)
     plain = backend.logits(padded)
-    if not bool(torch.isfinite(plain).all()):
-        raise UserError(f"{model} gives logits that are not finite; use a wider dtype (bfloat16 or float32)")
     read = _Read(backend.sites)
     if _change(plain, backend.logits(padded, read)) > _rounding(plain):
         raise UserError(f"reading changes the logits of {model} on the {backend.name} backend; {_other(backend)}")

@@ -159,6 +159,8 @@ class TransformerLensBackend(Backend):
             )
             parts = parts[..., 0].T.double().cpu()
             whole = (cache[total][:, 0].double() @ v.to(self.device).double()).cpu()
+        if not bool(whole.isfinite().all()):
+            raise UserError(f"{type(self.model).__name__} has states that are not finite; use a wider dtype")
         off = (parts.sum(1) - whole).abs().max() / parts.abs().sum(1).max()
         if not float(off) < 50 * torch.finfo(self.model.dtype).eps:
             raise UserError(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.directions.base import Evidence
+from rsteer_interp.directions.evidence import Evidence
 from rsteer_interp.errors import UserError
 
 
@@ -31,6 +31,7 @@ class WeightedMeanDifference:
     """
 
     name: ClassVar[str] = "wmd"
+    weighted: ClassVar[bool] = True
     form: Literal["units", "plain"] = "units"
 
     def fit(self, evidence: Evidence) -> Float[Tensor, " d"]:
@@ -38,6 +39,14 @@ class WeightedMeanDifference:
         if self.form == "plain":
             return refusing - complying
         return _unit(refusing - evidence.offset) - _unit(complying - evidence.offset)
+
+
+@dataclass(frozen=True)
+class PlainWeightedMeanDifference(WeightedMeanDifference):
+    """WMD in its plain form: the difference of the weighted means."""
+
+    name: ClassVar[str] = "wmd_plain"
+    form: Literal["units", "plain"] = "plain"
 
 
 def _unit(vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

@@ -1,7 +1,8 @@
 """Ridge mean differences: RMD and the score-weighted WRMD, (Sigma + lambda I)^-1 (mu_P - mu_N) (Refusal Steering, section 3.2).
 
 Primal for more states than dimensions, dual for fewer; both exact. With fewer complying prompts than dimensions Sigma is
-singular and the vector lies almost wholly in its null space (`null_space_share`): there lambda hardly turns it, shrinkage does.
+singular and the vector lies almost wholly in its null space (`null_space_share`): a small lambda hardly turns it there. Two
+estimators with names of their own do: Ledoit and Wolf's shrinkage, and lambda chosen by leaving out one subject at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.directions.band_form import solve_shifted
-from rsteer_interp.directions.base import Evidence
+from rsteer_interp.directions.evidence import Evidence
+from rsteer_interp.directions.left_out import PENALTIES, chosen_penalty
 from rsteer_interp.errors import UserError
 from rsteer_interp.moments import Moments, Scatter
 from rsteer_interp.symmetric import gram
@@ -32,35 +34,41 @@ class RidgeMeanDifference:
     name: ClassVar[str] = "rmd"
     weighted: ClassVar[bool] = False
 
-    penalty: float = 1e-2
-    """lambda, in squared activation units (the paper's 1e-2), or in mean eigenvalues of Sigma with `relative`."""
-    relative: bool = False
-    """Whether `penalty` is in units of trace(Sigma) / d, so that it means the same at every layer and model."""
+    penalty: float | Literal["left_out"] = 1e-2
+    """lambda, in squared activation units (the paper's 1e-2). "left_out": that of `left_out.PENALTIES` (in mean eigenvalues
+    tr(Sigma) / d) at which refused prompts of a subject are best told from its answered ones by the direction fitted without
+    that subject. Needs states with subjects, two of which have both verdicts."""
     covariance: Literal["centred", "literal", "pooled"] = "centred"
     shrinkage: Literal["none", "ledoit_wolf"] = "none"
     """Shrink Sigma towards trace(Sigma) / d times I by Ledoit and Wolf's (2004) intensity; needs states, not only moments."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.penalty < float("inf"):
+        if self.penalty == "left_out":
+            if self.covariance == "literal" or self.shrinkage != "none":
+                raise UserError("a penalty chosen by leaving subjects out goes with the plain covariances, unshrunk")
+        elif not 0 <= self.penalty < float("inf"):
             raise UserError(f"ridge penalty is {self.penalty}; choose a finite number of at least 0")
 
     def fit(self, evidence: Evidence) -> Float[Tensor, " d"]:
         refusing, complying = self._classes(evidence)
-        sigma, penalty = self._sigma(evidence), self._penalty(evidence)
-        intensity = self._intensity(evidence)
-        ridge = penalty + intensity * sigma.trace / sigma.d
-        return ridge_solve(sigma * (1 - intensity), refusing.mean - complying.mean, ridge)
+        sigma, ridge = self._inverted(evidence)
+        return ridge_solve(sigma, refusing.mean - complying.mean, ridge)
 
     def diagnose(self, evidence: Evidence, vector: Float[Tensor, " d"]) -> dict[str, float]:
-        """lambda absolute and relative to trace(Sigma) / d, the shrinkage intensity, and the share of energy in the null space."""
-        sigma, penalty = self._sigma(evidence), self._penalty(evidence)
-        mean_eigenvalue = sigma.trace / sigma.d
+        """lambda and what shrinkage adds to it, relative to tr(Sigma) / d; the shrinkage intensity; the effective rank of
+        what is inverted, tr(A)^2 / tr(A^2), from 1 to d."""
+        sigma, ridge = self._inverted(evidence)
+        mean_eigenvalue = self._sigma(evidence).trace / sigma.d
         return {
-            "penalty": penalty,
-            "relative_penalty": penalty / mean_eigenvalue if mean_eigenvalue > 0 else 0.0,
+            "relative_penalty": ridge / mean_eigenvalue if mean_eigenvalue > 0 else 0.0,
             "shrinkage": self._intensity(evidence),
-            "null_space_share": null_space_share(vector, sigma),
+            "effective_rank": effective_rank(sigma, ridge),
         }
+
+    def _inverted(self, evidence: Evidence) -> tuple[Scatter, float]:
+        """(1 - rho) Sigma and the multiple of I that is added to it: lambda, and rho tr(Sigma) / d under shrinkage."""
+        sigma, intensity = self._sigma(evidence), self._intensity(evidence)
+        return sigma * (1 - intensity), self._penalty(evidence, sigma) + intensity * sigma.trace / sigma.d
 
     def _classes(self, evidence: Evidence) -> tuple[Moments, Moments]:
         if self.weighted:
@@ -74,9 +82,11 @@ class RidgeMeanDifference:
         sigma = complying.scatter / complying.weight
         return sigma + Scatter(rows=evidence.offset[None]) if self.covariance == "literal" else sigma
 
-    def _penalty(self, evidence: Evidence) -> float:
-        sigma = self._sigma(evidence)
-        return self.penalty * sigma.trace / sigma.d if self.relative else self.penalty
+    def _penalty(self, evidence: Evidence, sigma: Scatter) -> float:
+        if self.penalty != "left_out":
+            return self.penalty
+        penalties = [p * sigma.trace / sigma.d for p in PENALTIES]
+        return chosen_penalty(evidence, penalties, pooled=self.covariance == "pooled", weighted=self.weighted)
 
     def _intensity(self, evidence: Evidence) -> float:
         """Ledoit-Wolf intensity of the class covariance (of the centred states, for the literal form too)."""
@@ -96,6 +106,15 @@ class WeightedRidgeMeanDifference(RidgeMeanDifference):
 
     name: ClassVar[str] = "wrmd"
     weighted: ClassVar[bool] = True
+
+
+def effective_rank(sigma: Scatter, ridge: float) -> float:
+    """tr(A)^2 / tr(A^2) of A = sigma + ridge I: how many equal eigenvalues would carry as much; 1 for rank one, d for I."""
+    z = sigma.rows
+    squared = float((gram(z) if z is not None else sigma.dense).square().sum())
+    total, d = sigma.trace + ridge * sigma.d, sigma.d
+    squared += 2 * ridge * sigma.trace + ridge**2 * d
+    return total**2 / squared if squared > 0 else 0.0
 
 
 def ridge_solve(sigma: Scatter, delta: Float[Tensor, " d"], penalty: float) -> Float[Tensor, " d"]:

@@ -40,7 +40,11 @@ UNDECIDED = Verdict(refused=False, confidence=0.5, z=0)
 
 @runtime_checkable
 class Judge(Protocol):
-    """Decides for each pair of prompt and response whether the response refuses; one verdict per pair, in order."""
+    """Decides for each pair of prompt and response whether the response refuses; one verdict per pair, in order.
+
+    Kept verdicts belong to their judge: one with settings is a dataclass of them, or has a property `identity` with all that
+    its verdicts depend on (model, rubric, sampling, calibration; never an API key). See `key`.
+    """
 
     @property
     def name(self) -> str: ...

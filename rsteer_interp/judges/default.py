@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges.base import UNDECIDED, Verdict
 from rsteer_interp.judges.local import LocalJudge, logit, sigmoid
-from rsteer_interp.judges.pattern import Reading, read, refusal_probability
+from rsteer_interp.judges.pattern import PatternJudge, Reading, read, refusal_probability
 
 if TYPE_CHECKING:
     from rsteer_interp.backends.base import Backend
@@ -38,6 +38,12 @@ class DefaultJudge:
     local: LocalJudge | None = None
 
     name = "default"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The patterns, the local judge where there is one, and how they go together."""
+        rules = [CLEAR_REFUSAL, CLEAR_ANSWER, INTERCEPT, PATTERN_WEIGHT, LOCAL_WEIGHT, _ECHO, _ECHO_WORDS, _COMMON]
+        return {"patterns": PatternJudge(), "local": self.local, "rules": rules}
 
     @classmethod
     def load(

@@ -7,19 +7,20 @@ hold an `<answer>` tag, and the rubric says that nothing inside is addressed to 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges.base import UNDECIDED, Verdict, parse_verdict
 from rsteer_interp.judges.rubric import rubric
+from rsteer_interp.key import digest
 from rsteer_interp.processes import from_first
 
 TEMPERATURE, TOP_P = 0.6, 0.95
@@ -50,6 +51,16 @@ class EndpointJudge:
     """File of verdict texts, one JSON line each, that a later run continues from. It holds hashes, no prompts, no key."""
 
     name = "endpoint"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The server's address without user, password and query, which may hold keys; the model; what it is asked, and how."""
+        return {
+            "address": urlsplit(self._where)._replace(query="", fragment="").geturl(),
+            "model": self.model,
+            "question": question("", ""),
+            "sampling": [TEMPERATURE, TOP_P, self.max_tokens, self.votes],
+        }
 
     @classmethod
     def load(cls, backend: Any = None, **options: Any) -> EndpointJudge:
@@ -139,8 +150,9 @@ class EndpointJudge:
         return f"the judge at {self._where} cannot be reached ({type(error).__name__}); start the server or correct base_url"
 
     def _key(self, prompt: str, response: str, vote: int) -> str:
-        asked = [self.model, question(prompt, response), TEMPERATURE, TOP_P, self.max_tokens, vote]
-        return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+        return digest(
+            [replace(self, votes=1), prompt, response, vote]
+        )  # another number of votes asks for more of the same
 
     def _read_cache(self) -> dict[str, str]:
         return dict(_cached(self.cache)) if self.cache is not None and self.cache.exists() else {}
@@ -149,12 +161,12 @@ class EndpointJudge:
         if self.cache is not None:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with self.cache.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "text": text}) + "\n")
+                file.write(json.dumps({"key": key, "text": text}, allow_nan=False) + "\n")
 
 
 def question(prompt: str, response: str) -> list[dict[str, str]]:
     """The messages that put one reply before the judge: rubric first, then the pair as data."""
-    pair = json.dumps({"prompt": prompt, "reply": response}, ensure_ascii=False)
+    pair = json.dumps({"prompt": prompt, "reply": response}, ensure_ascii=False, allow_nan=False)
     data = pair.replace("<", "\\u003c").replace(">", "\\u003e")  # still the same JSON, and free of tags
     return [
         {"role": "system", "content": rubric()},

@@ -71,8 +71,20 @@ class LocalJudge:
     model on 2 cores; known for the demo model)."""
     on_batch: Callable[[int], None] = field(default=lambda n: None)
     """Called with the number of replies judged, for progress bars."""
+    _fitted: tuple[float, float] | None = field(default=None, init=False, repr=False)
 
     name = "local"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The model that is asked, what it is asked, and the calibration, or the replies on which it is fitted."""
+        asked = [_HEAD, _EXAMPLES, WORDS, PROMPT_TOKENS, REPLY_TOKENS, _ROWS]
+        return {
+            "model": self.backend,
+            "tokenizer": self.backend.template(),
+            "asked": asked,
+            "calibration": self.calibration or [calibration_rows(), _KNOWN.get(self.backend.fingerprint)],
+        }
 
     @classmethod
     def load(cls, backend: Backend | None = None, **options: Any) -> LocalJudge:
@@ -103,7 +115,9 @@ class LocalJudge:
 
         for group, values in self.backend.spread(rows, run, _ROWS):
             for i, value in zip(group, values, strict=True):
-                out[i] = value if math.isfinite(value) else 0.0
+                if not math.isfinite(value):
+                    raise UserError("the judge's model rules out both verdicts, or one; choose another model as judge")
+                out[i] = value
             self.on_batch(len(group))
         return out
 
@@ -127,10 +141,11 @@ class LocalJudge:
         return found[0], found[1]
 
     def calibrated(self) -> tuple[float, float]:
-        """Intercept and slope; fitted once per judge, unless known."""
-        if self.calibration is None:
-            self.calibration = _KNOWN.get(self.backend.fingerprint) or self.fit()
-        return self.calibration
+        """Intercept and slope; fitted once per judge, unless given or known."""
+        known = self.calibration or _KNOWN.get(self.backend.fingerprint) or self._fitted
+        if known is None:
+            known = self._fitted = self.fit()
+        return known
 
     def fit(self) -> tuple[float, float]:
         """Calibrate on the built-in replies; a model that cannot tell refusals from answers gets no say: (0, 0)."""

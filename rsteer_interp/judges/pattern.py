@@ -209,6 +209,11 @@ class PatternJudge:
 
     name = "pattern"
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The patterns."""
+        return {"hard": _HARD, "soft": _SOFT, "answer": _ANSWER}
+
     @classmethod
     def load(cls, backend: Any = None) -> PatternJudge:
         """Needs no backend; one that is given is not used."""

@@ -15,6 +15,7 @@ from rsteer_interp.complete_folder import beside, held, publish
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge, Verdict
+from rsteer_interp.provenance import json_text
 
 if TYPE_CHECKING:
     from analyses.judge_responses import Config
@@ -44,7 +45,7 @@ def judge_responses(config: Config) -> Path:
     contents = {"verdicts.jsonl": "".join(_line(row, verdict) for row, verdict in zip(rows, verdicts, strict=True))}
     found = agreement(rows, verdicts)
     if found is not None:
-        contents["agreement.json"] = json.dumps({"judge": judge.name, **found}, indent=1) + "\n"
+        contents["agreement.json"] = json_text({"judge": judge.name, **found}, "agreement") + "\n"
     with held(config.out, FILES, write=True) as place:
         publish(config.out, place, FILES, {name: text.encode() for name, text in contents.items()})
     asked.unlink(missing_ok=True)
@@ -111,7 +112,12 @@ def _judge(config: Config, asked: Path) -> Judge:
     from rsteer_interp.backends import load_backend
 
     backend = load_backend(
-        model, config.backend, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        model,
+        config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        verify=config.verify,
     )
     return load_judge(config.judge, backend)
 
@@ -121,7 +127,7 @@ def _line(row: Response, verdict: Verdict) -> str:
     if row.label is not None:
         record["label"] = row.label
     record |= {"refused": verdict.refused, "confidence": verdict.confidence}
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json_text(record, "verdict", indent=None) + "\n"
 
 
 def agreement(rows: Sequence[Response], verdicts: Sequence[Verdict]) -> dict[str, Any] | None:

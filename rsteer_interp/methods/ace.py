@@ -24,10 +24,10 @@ from rsteer_interp.evaluation import log_odds
 from rsteer_interp.interventions import add, set_component
 from rsteer_interp.methods.base import Check, Examples, Fitted, Material, Treatment
 from rsteer_interp.methods.refusal_steering import best_layers, evidence
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.selection import steerable_layers
 from rsteer_interp.statistics.intervals import Clusters, Estimate
 from rsteer_interp.statistics.resampling import bootstrap_counts
+from rsteer_interp.statistics.rotation import rotations
 
 N_CHECKED = 24  # prompts of either kind on which standardisation is measured
 Vectors = Mapping[Site, Float[Tensor, " d"]]
@@ -56,8 +56,8 @@ class Standardisation:
     """How far ACE evens out prompts that CAA leaves apart, at one alpha.
 
     `ratio` is the variance of refusal log-odds over prompts under ACE over that under CAA, with a bootstrap interval over
-    prompts (paired); below 1 speaks for the paper's claim. `null` holds the ratios of random directions of equal length about
-    the same references: what fixing just any component does. Both variances in squared nats.
+    prompts (paired); below 1 speaks for the paper's claim. `null` holds the ratios of the directions turned by random rotations,
+    one for all sites, about the same references: what fixing just any component does. Both variances in squared nats.
     """
 
     alpha: float
@@ -76,11 +76,11 @@ def standardisation(
     alpha: float,
     *,
     subjects: Clusters = None,
-    n_random: int = 3,
+    n_random: int = 8,
     n_draws: int = 2000,
     seed: int = 0,
 ) -> Standardisation:
-    """Run the prompts under ACE, under CAA and under both along random directions: 2 (1 + n_random) passes.
+    """Run the prompts under ACE, under CAA and under both along turned directions: 2 (1 + n_random) passes.
 
     Prompts should be of both kinds. Log-odds near their bounds hide spread: judge an alpha whose mean lies inside.
     """
@@ -92,10 +92,8 @@ def standardisation(
 
     ace, caa = both(directions)
     null = []
-    for draw in range(n_random):
-        units = random_unit_vectors(len(directions), backend.d_model, seed + draw)
-        others = {s: u * r.double().norm() for (s, r), u in zip(directions.items(), units, strict=True)}
-        a, b = both(others)
+    for turned in rotations(directions, n_random, seed):
+        a, b = both(turned)
         null.append(float(a.var() / b.var()))
     ratio = variance_ratio(ace, caa, subjects=subjects, n_draws=n_draws, seed=seed)
     return Standardisation(alpha, ratio, float(ace.var()), float(caa.var()), tuple(null))
@@ -162,7 +160,7 @@ class ACE:
             seed=material.seed,
         )
         what = "variance of the refusal log-odds over prompts of both kinds, as a share of that under plain addition"
-        return [Check(what, found.ratio, f"random directions {min(found.null):.2f} to {max(found.null):.2f}")]
+        return [Check(what, found.ratio, f"{len(found.null)} rotations {min(found.null):.2f} to {max(found.null):.2f}")]
 
     def learn(self, material: Material) -> tuple[Vectors, Vectors]:
         """Differences r and references r- at the chosen layers."""

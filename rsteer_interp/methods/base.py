@@ -34,12 +34,16 @@ class Treatment:
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Prompts of one set and split: refusal confidence c in [-1, 1] of the unchanged model (+1 refused, -1 answered, 0
-    undecided), and the state of the last prompt token at every block input but the first and at the final norm's."""
+    undecided), and the state of the last prompt token at every block input but the first and at the final norm's.
+
+    `grade` gives c from several sampled replies, for methods that weigh prompts by |c|; it runs the model when it is first asked.
+    """
 
     texts: list[str]
     confidence: Float[Tensor, " prompt"]
     states: States
     subjects: list[str]
+    grade: Callable[[], Float[Tensor, " prompt"]] | None = None
 
     @property
     def refused(self) -> Bool[Tensor, " prompt"]:
@@ -49,11 +53,18 @@ class Examples:
     def answered(self) -> Bool[Tensor, " prompt"]:
         return self.confidence < 0
 
+    @property
+    def graded(self) -> Float[Tensor, " prompt"]:
+        """Graded confidence; `confidence` where there is none else."""
+        return self.confidence if self.grade is None else self.grade()
+
     def where(self, mask: Bool[Tensor, " prompt"]) -> Examples:
         """The prompts for which the mask is true."""
         kept = mask.nonzero()[:, 0].tolist()
         texts, subjects = ([values[i] for i in kept] for values in (self.texts, self.subjects))
-        return Examples(texts, self.confidence[mask], {site: x[mask] for site, x in self.states.items()}, subjects)
+        grade = None if (whole := self.grade) is None else lambda: whole()[mask]
+        states = {site: x[mask] for site, x in self.states.items()}
+        return Examples(texts, self.confidence[mask], states, subjects, grade)
 
 
 @dataclass(frozen=True, eq=False)

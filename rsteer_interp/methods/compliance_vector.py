@@ -56,7 +56,7 @@ COMPLYING = (
 PAPER_LAYERS = tuple(layer / 32 for layer in (15, 17, 18, 19, 20, 21, 22, 23, 24))  # 16 is left out
 Reading = Literal["continuation", "last"]
 N_NORM = 16  # prompts over which |resid| is averaged
-N_TALKS, N_NULL = 8, 10  # benign conversations, and random directions, of the checks
+N_TALKS, N_NULL, N_NULL_KL = 8, 10, 3  # of the checks: benign conversations, and rotations of the edit
 
 
 def continuation_states(
@@ -136,18 +136,18 @@ class Compliance:
         )
         talks = load_prompts("conversations").unsplit.split("report").sample(N_TALKS, seed)
         answers, of = [material.template.encode(t.prompt, t.answer) for t in talks], [t.subject for t in talks]
-        kl = first_token_kl(material.backend, answers, directions, amounts, 8, subjects=of, n_null=3, seed=seed)
+        kl = first_token_kl(material.backend, answers, directions, amounts, 8, subjects=of, n_null=N_NULL_KL, seed=seed)
         seen = crossed.observed
         return [
             Check(
                 f"share of harmful prompts that cross a harm probe at {probe.site}; predicted {crossed.predicted.rate:.2f}",
                 Estimate(seen.rate, seen.low, seen.high, seen.n),
-                f"random {min(crossed.null):.2f} to {max(crossed.null):.2f}, p = {crossed.p:.2g}",
+                f"{N_NULL} rotations {min(crossed.null):.2f} to {max(crossed.null):.2f}, p = {crossed.p:.2g}",
             ),
             Check(
                 f"KL at the first token of benign answers (nats); at the eighth {kl.steered[-1].value:.3f}",
                 kl.steered[0],
-                f"random {kl.null[0]:.3f}",
+                f"{N_NULL_KL} rotations {kl.null[0]:.3f} on average",
             ),
         ]
 

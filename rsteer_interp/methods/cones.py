@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.batch import Tokens
-from rsteer_interp.evaluation import log_odds_of_each
-from rsteer_interp.methods.rdo import ablation, displacement
+from rsteer_interp.evaluation import log_odds, log_odds_of_each
+from rsteer_interp.methods.rdo import ablation, displacements
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.training import Descent, Loss, Trained, gram_schmidt, train
 
@@ -88,9 +88,8 @@ class SampleTest:
     p: float
 
 
-Move = tuple[Float[Tensor, " d"], Float[Tensor, " d"] | None]
-"""A direction that is ablated everywhere; with a second one, as much is moved along that instead (`rdo.displacement`)."""
-Effects = Callable[[Sequence[Move]], Float[Tensor, "move prompt"]]
+Effects = Callable[[Float[Tensor, " d"], Float[Tensor, "n d"]], Float[Tensor, "1+n prompt"]]
+"""Of a direction that is ablated everywhere, and of as much moved along each of n others instead (`rdo.displacements`)."""
 
 
 def sample_test(basis: Float[Tensor, "k d"], effects: Effects, n: int = 16, seed: int = 0) -> SampleTest:
@@ -98,17 +97,17 @@ def sample_test(basis: Float[Tensor, "k d"], effects: Effects, n: int = 16, seed
     ablations of random directions, of which a state has so little that they change next to nothing."""
     drawn = cone_directions(basis, n, seed).float()
     random = random_unit_vectors(n, basis.shape[1], seed + 1).float()
-    both = effects([*((r, None) for r in drawn), *zip(drawn, random, strict=True)]).mean(1).tolist()
-    p = float(stats.mannwhitneyu(both[:n], both[n:], alternative="greater").pvalue)
-    return SampleTest(tuple(both[:n]), tuple(both[n:]), p)
+    both = torch.stack([effects(r, u[None]).mean(1) for r, u in zip(drawn, random, strict=True)])
+    cone, null = both.T.tolist()
+    return SampleTest(tuple(cone), tuple(null), float(stats.mannwhitneyu(cone, null, alternative="greater").pvalue))
 
 
 def bypass_effects(backend: Backend, rows: Sequence[Tokens], token_ids: Sequence[int]) -> Effects:
-    """By how much each move lowers each prompt's refusal log-odds, in nats."""
+    """By how much each edit lowers each prompt's refusal log-odds, in nats."""
+    base = log_odds(backend, rows, token_ids)
 
-    def effects(moves: Sequence[Move]) -> Float[Tensor, "move prompt"]:
-        edits = [ablation(backend, r) if u is None else displacement(backend, r, u) for r, u in moves]
-        base, *moved = log_odds_of_each(backend, rows, token_ids, [None, *edits])
-        return torch.stack([base - odds for odds in moved])
+    def effects(r: Float[Tensor, " d"], into: Float[Tensor, "n d"]) -> Float[Tensor, "1+n prompt"]:
+        edits = [ablation(backend, r), *displacements(backend, r, into)]
+        return base - log_odds_of_each(backend, rows, token_ids, edits)
 
     return effects

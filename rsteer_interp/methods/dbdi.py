@@ -164,7 +164,7 @@ class Dbdi:
                 f"change of {words[read]} by {words.get(cause, 'shifting')} on borderline prompts (overlap of the directions "
                 f"{found.overlap:+.2f})",
                 effect.value,
-                f"random {min(effect.null):+.2f} to {max(effect.null):+.2f}, p = {effect.beside.p():.2g}",
+                f"{len(effect.null)} random directions {min(effect.null):+.2f} to {max(effect.null):+.2f}, p = {effect.beside.p():.2g}",
             )
             for (cause, read), effect in seen.effects.items()
         ]

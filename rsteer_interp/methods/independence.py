@@ -22,7 +22,7 @@ from torch import Tensor
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import At, Edit, Site, compose
 from rsteer_interp.batch import Batch, Tokens
-from rsteer_interp.methods.rdo import ablation, displacement
+from rsteer_interp.methods.rdo import ablation, displacements
 from rsteer_interp.nulls import cosine, random_unit_vectors
 from rsteer_interp.pooling import pooled
 from rsteer_interp.statistics.draws import Beside
@@ -141,17 +141,16 @@ def dependence(
     n_random: int = 19,
     seed: int = 0,
 ) -> Dependence:
-    """RepInd(r, u) with its null: the same amount is taken from the stream at every position, but along a random direction z
-    orthogonal to both in place of r, then of u (`Displace`). Two passes per draw."""
+    """RepInd(r, u) with its null: every state is moved as far, but along a random direction z orthogonal to both in place of r,
+    then of u (`rdo.displacements`). Two passes per draw."""
     one = RepInd.of(backend, rows, u)
     layers = one.by_layer(r)
     value = float(layers.mean(1).sum())
-    null = []
-    for z in random_unit_vectors(n_random, len(r), seed):
-        z = _across(z, r, u)
-        null.append(sum(_displaced(one, taken, z, read) for taken, read in ((r, u), (u, r))))
-    p = Beside.of(value, null).p("greater")
-    return Dependence(cosine(r, u), value, tuple(layers[0].tolist()), tuple(layers[1].tolist()), tuple(null), p)
+    across = torch.stack([_across(z, r, u) for z in random_unit_vectors(n_random, len(r), seed)])
+    null = _displaced(one, r, across, u) + _displaced(one, u, across, r)
+    beside = Beside.of(value, null.tolist())
+    there, back = layers.tolist()
+    return Dependence(cosine(r, u), value, tuple(there), tuple(back), beside.draws, beside.p("greater"))
 
 
 def _across(z: Tensor, r: Tensor, u: Tensor) -> Tensor:
@@ -162,13 +161,16 @@ def _across(z: Tensor, r: Tensor, u: Tensor) -> Tensor:
     return left.div(left.norm())
 
 
-def _displaced(one: RepInd, taken: Tensor, z: Tensor, read: Tensor) -> float:
-    edit = displacement(one.backend, taken, z)
+def _displaced(
+    one: RepInd, taken: Float[Tensor, " d"], across: Float[Tensor, "n d"], read: Float[Tensor, " d"]
+) -> Float[Tensor, " n"]:
+    """Mean squared change of cosine with `read` under each null of taking `taken` out."""
+    edits = displacements(one.backend, taken, across)
     changes = [
-        _cosines(plain, read) - _cosines(_states(one.backend, batch, one.sites, edit), read)
+        torch.stack([_cosines(plain, read) - _cosines(_states(one.backend, batch, one.sites, e), read) for e in edits])
         for batch, plain in zip(one.batches, one.plain, strict=True)
     ]
-    return float(torch.cat(changes).square().mean())
+    return torch.cat(changes, 1).square().mean((1, 2))
 
 
 def independent_direction(

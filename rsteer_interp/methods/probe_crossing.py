@@ -24,9 +24,9 @@ from rsteer_interp.gates import Gate, balanced_threshold, discriminant
 from rsteer_interp.interventions import add
 from rsteer_interp.measures import kl_divergence
 from rsteer_interp.moments import Moments
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.statistics.draws import Beside
 from rsteer_interp.statistics.intervals import Estimate, Rate
+from rsteer_interp.statistics.rotation import rotations
 
 Amounts = Mapping[Site, float]
 Vectors = Mapping[Site, Float[Tensor, " d"]]
@@ -58,7 +58,7 @@ class Crossing:
     Shifts of the score are in standard deviations within the probe's sets. `predicted_shift` is the sum of a <w, v> over the
     edited sites up to the probe's: exact where `exact`, else what it would be if later blocks passed the change on
     unaltered. `largest_error` is the largest |measured - predicted| of a prompt. The shares count, among prompts on the harmful side
-    before the edit, those that are not after it; `null` holds the observed share under random directions of the same amounts.
+    before the edit, those that are not after it; `null` holds the observed share under random rotations of the edit.
     """
 
     site: Site
@@ -72,7 +72,7 @@ class Crossing:
 
     @property
     def p(self) -> float:
-        """One-sided: whether as many cross under random directions."""
+        """One-sided: that as many cross under a random rotation."""
         return Beside.of(self.observed.rate, self.null).p("greater")
 
 
@@ -139,14 +139,13 @@ def _crossing(
 
 
 def _nulls(directions: Vectors, amounts: Amounts, n: int, seed: int) -> list[Edit]:
-    """The edit along random unit vectors: one for all sites, as a fitted direction hardly turns from one layer to the next."""
-    d = len(next(iter(directions.values())))
-    return [add(dict.fromkeys(directions, u), amounts) for u in random_unit_vectors(n, d, seed)]
+    """The edit's directions turned by one random rotation for all sites."""
+    return [add(turned, amounts) for turned in rotations(directions, n, seed)]
 
 
 @dataclass(frozen=True)
 class TokenKl:
-    """KL(original || steered) in nats at each of the first tokens of given answers, with the mean under random directions.
+    """KL(original || steered) in nats at each of the first tokens of given answers, with the mean under random rotations of the edit.
 
     Entry 0 is the distribution of the answer's first token, entry t that after t given tokens.
     """
@@ -166,7 +165,7 @@ def first_token_kl(
     n_null: int = 5,
     seed: int = 0,
 ) -> TokenKl:
-    """Mean over rows (benign prompts with benign answers) of the per-token KL, and the same for random directions of equal amounts.
+    """Mean over rows (benign prompts with benign answers) of the per-token KL, and the same for the edit under random rotations.
 
     Tokens that fewer than two answers reach are left out. 2 + n_null passes, a few rows at a time.
     """

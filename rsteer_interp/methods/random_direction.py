@@ -7,17 +7,17 @@ from typing import ClassVar
 
 import torch
 
-from rsteer_interp.directions import RandomDirection
 from rsteer_interp.methods.base import Fitted, Material, Treatment
-from rsteer_interp.methods.refusal_steering import MeanDifferenceSteering, evidence
+from rsteer_interp.methods.refusal_steering import MeanDifferenceSteering
+from rsteer_interp.statistics.rotation import rotated
 
 
 @dataclass(frozen=True)
 class RandomDirections:
-    """h' = h - strength s_l u_l with u_l uniform on the sphere, drawn for each layer; all else is the MD method's.
+    """h' = h - strength s_l Q v_l with v_l the mean differences and Q one random rotation for all layers; all else is the MD method's.
 
-    As large at every position as the MD edit of equal strength (addition: |edit| does not depend on h), so what it does is
-    what any push of that size does. Draws depend on the material's seed, this one's and the site.
+    As large at every position, and in the sum of all layers, as the MD edit of equal strength (addition: |edit| does not depend
+    on h), so what it does is what any push of that size does. Draws depend on the material's seed and this one's.
     """
 
     name: ClassVar[str] = "random"
@@ -31,8 +31,7 @@ class RandomDirections:
 
     def fit(self, material: Material) -> Fitted:
         steering = MeanDifferenceSteering(k=self.k).configure(material)
-        sites = steering(-1.0).sites
-        estimator = RandomDirection(seed=1000 * material.seed + self.draw)
-        drawn = torch.stack([estimator.fit(seen) for seen in evidence(material, sites).values()])
-        units = (drawn / drawn.norm(dim=1, keepdim=True)).float()
-        return lambda strength: Treatment(replace(steering(-strength), directions=units, method=self.name).edit())
+        found = steering(-1.0)
+        units = rotated(dict(zip(found.sites, found.directions, strict=True)), 1000 * material.seed + self.draw)
+        turned = torch.stack(list(units.values())).float()
+        return lambda strength: Treatment(replace(steering(-strength), directions=turned, method=self.name).edit())

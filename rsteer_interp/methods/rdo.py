@@ -28,9 +28,10 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.batch import Batch, Tokens, length_groups
 from rsteer_interp.directions import Evidence, MeanDifference
+from rsteer_interp.equal_norm import Rotated, turned_edits
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
-from rsteer_interp.interventions import Affine, Displace, Everywhere
+from rsteer_interp.interventions import Affine, Everywhere
 from rsteer_interp.measures import kl_divergence, refusal_log_odds
 from rsteer_interp.methods.base import Fitted, Material, Treatment
 from rsteer_interp.nulls import random_unit_vectors
@@ -58,10 +59,9 @@ def ablation(backend: Backend, r: Float[Tensor, " d"], kappa: float = 1.0) -> Ed
     return Everywhere({site: Affine(site, r, kappa=kappa) for site in stream_sites(backend)})
 
 
-def displacement(backend: Backend, r: Float[Tensor, " d"], into: Float[Tensor, " d"]) -> Edit:
-    """h - <h, r> u where `ablation` has h - <h, r> r, u the unit vector along `into`: as large for every state that it meets."""
-    unit, other = (v.double() / v.double().norm() for v in (r, into))
-    return Everywhere({site: Displace(site, unit.float(), other.float()) for site in stream_sites(backend)})
+def displacements(backend: Backend, r: Float[Tensor, " d"], into: Float[Tensor, "n d"]) -> list[Rotated]:
+    """The nulls of `ablation`: every state is moved as far as the ablation of r moves it, but along each of `into`."""
+    return turned_edits(ablation(backend, r), backend.run, r[None], list(into[:, None]))
 
 
 def mean_difference(material: Material, layer: int) -> Float[Tensor, " d"]:

@@ -25,6 +25,7 @@ from rsteer_interp.directions import (
     MeanDifference,
     WeightedRidgeMeanDifference,
     fit_directions,
+    is_weighted,
 )
 from rsteer_interp.methods.base import Examples, Fitted, Material, Treatment
 from rsteer_interp.selection import layer_score, scales, steerable_layers, top_layers
@@ -33,18 +34,18 @@ from rsteer_interp.steering import Steering, make_steering
 SOURCE = "arXiv 2512.16602"
 
 
-def evidence(material: Material, sites: Iterable[Site]) -> dict[Site, Evidence]:
+def evidence(material: Material, sites: Iterable[Site], graded: bool = False) -> dict[Site, Evidence]:
     """Fit states and confidence of the set whose refusals are to go and of its contrast, together, at each site.
 
     Refused against answered of both: prompts of one set on both sides keep the subject from being all that differs.
     """
-    rows, confidence = _pooled(material, material.fit, sites)
+    rows, confidence = _pooled(material, material.fit, sites, graded)
     return {site: Evidence(x, confidence, site=site) for site, x in rows.items()}
 
 
-def best_layers(material: Material, directions: Mapping[Site, Direction], k: int) -> list[int]:
+def best_layers(material: Material, directions: Mapping[Site, Direction], k: int, graded: bool = False) -> list[int]:
     """The k steerable layers with the largest r - RMSE on the select split (section 3.3), in order of depth."""
-    rows, confidence = _pooled(material, material.select, directions)
+    rows, confidence = _pooled(material, material.select, directions, graded)
     scores = {site.layer: layer_score(projections(d, rows[site]), confidence) for site, d in directions.items()}
     return top_layers(scores, k, material.n_layers)
 
@@ -55,11 +56,11 @@ def projections(direction: Direction, states: Float[Tensor, "prompt d"]) -> Floa
 
 
 def _pooled(
-    material: Material, examples: Mapping[str, Examples], sites: Iterable[Site]
+    material: Material, examples: Mapping[str, Examples], sites: Iterable[Site], graded: bool
 ) -> tuple[dict[Site, Tensor], Tensor]:
     both = [examples[material.remove], examples[material.contrast]]
     rows = {site: torch.cat([x.states[site] for x in both]) for site in sites}
-    return rows, torch.cat([x.confidence for x in both])
+    return rows, torch.cat([x.graded if graded else x.confidence for x in both])
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MeanDifferenceSteering:
     """MD with addition, the paper's simplest row; the other rows differ in the estimator and the update.
 
     The paper's finder also chooses k and the update; here they are fields, and the strength alone is chosen on select.
-    Its neutral band and weights |c| need graded confidence: with c of -1, 0 and 1 alone all weights are equal.
+    An estimator that weighs by |c| gets graded confidence for fit, layers and scales, the others the greedy replies' verdicts.
     """
 
     name: ClassVar[str] = "md"
@@ -81,22 +82,23 @@ class MeanDifferenceSteering:
     reposition: bool = False
 
     def fit(self, material: Material) -> Fitted:
-        """Closed form from the states in the material; the model is not run."""
+        """Closed form from the states in the material; the model is run for graded confidence alone."""
         steering = self.configure(material)
         return lambda strength: Treatment(steering(-strength).edit())
 
     def configure(self, material: Material) -> Callable[[float], Steering]:
-        """From alpha (negative: away from refusal) to the configuration. UserError for a class without prompts."""
-        backend = material.backend
+        """From alpha (negative: away from refusal) to the configuration. UserError for a class without prompts; CannotFit for a
+        weighted estimator and confidence that is not graded."""
+        backend, graded = material.backend, is_weighted(self.estimator)
         sites = [Site(layer) for layer in steerable_layers(material.n_layers)]
         directions = fit_directions(
             self.estimator,
-            evidence(material, sites),
+            evidence(material, sites, graded),
             sets=(material.remove, material.contrast),
             fingerprint=backend.fingerprint,
         )
-        chosen = [Site(layer) for layer in best_layers(material, directions, self.k)]
-        rows, confidence = _pooled(material, material.select, chosen)
+        chosen = [Site(layer) for layer in best_layers(material, directions, self.k, graded)]
+        rows, confidence = _pooled(material, material.select, chosen, graded)
         vectors = {site: directions[site].unit for site in chosen}
         references = {site: directions[site].offset for site in chosen}
         sizes = {site: scales(projections(directions[site], rows[site]), confidence) for site in chosen}

@@ -69,6 +69,10 @@ def comparison_rows(data: dict[str, Any]) -> list[Row]:
             rows.append((
                 f"{role}: refusal log-odds", str(change["n"]), "", "", f"{_number(change)} nats, p = {_p(one['log_odds']['p'])}"
             ))  # fmt: skip
+    if data["read_out"] is not None:
+        old, new = (data["read_out"][side] for side in ("before", "after"))
+        n = str(new["refused"]["n"])
+        rows.append(("log-odds against judged replies: ROC area", n, _area(old), _area(new), ""))
     answers = data["answers"]
     rows.append(("benign answers: KL per token", str(answers["kl"]["n"]), "0", "", f"{_number(answers['kl'])} nats"))
     before, after, ratio = (answers[f"perplexity_{k}"] for k in ("before", "after", "ratio"))
@@ -89,11 +93,15 @@ def comparison_rows(data: dict[str, Any]) -> list[Row]:
             f"{what}: fall of log-odds", n, _number(pushes["fall_before"]), _number(pushes["fall_after"]),
             f"{_number(pushes['difference'])} nats",
         ))  # fmt: skip
-        flips = [
-            _rate(x) if x is not None else "none above" for x in (pushes["flipped_before"], pushes["flipped_after"])
-        ]
-        rows.append((f"{what}: refusals flipped", n, flips[0], flips[1], ""))
+        flips = [_rate(pushes[f"flipped_{side}"]) for side in ("before", "after")]
+        rows.append((f"{what}: no longer refused, judged", n, flips[0], flips[1], ""))
     return rows
+
+
+def _area(check: dict[str, Any]) -> str:
+    if check["area"] is None:
+        return "one verdict"
+    return _number(check["area"]) + ("" if check["valid"] else ", not valid")
 
 
 def state_rows(sites: list[dict[str, Any]]) -> list[Row]:

@@ -22,8 +22,10 @@ from markupsafe import Markup
 
 from rsteer_interp.processes import is_first
 from rsteer_interp.report.collection import Collection, collect, collect_reproduction
+from rsteer_interp.report.directions import DIRECTION_COLUMNS, direction_cells, direction_note
 from rsteer_interp.report.schema import Replies, Reproduction
 from rsteer_interp.report.words import lead, limits, percent, reproduction_record, study_record
+from rsteer_interp.style import method_label
 
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
@@ -86,6 +88,8 @@ def render(found: Collection) -> str:
         "interval": lambda rate: f"{100 * rate.low:.0f} to {percent(100 * rate.high)}",
         "changed": lambda replies: " ".join(keys[m] for m in _changed(replies)),
         "record": study_record,
+        "method": method_label,
+        "direction": lambda row: direction_cells(row.model_dump()),
     }
     environment.filters.update(filters)
     return environment.get_template("page.html.j2").render(
@@ -136,6 +140,10 @@ def _claim(found: Collection) -> dict[str, Any]:
         "methods": _methods(data),
         "headline": headline.method if headline else None,
         "record": reproduction_record(found.reproduction.provenance, data),
+        "direction_columns": DIRECTION_COLUMNS,
+        "direction_note": direction_note(row.model_dump() for row in data.directions.values())
+        if data.directions
+        else "",
     }
 
 

@@ -75,6 +75,8 @@ class Row(_Part):
     dose: float | None = None
     """|edit| / |resid|, mean over the edited sites."""
     target_met: bool | None = None
+    removal: Estimate | None = None
+    """Delta_c by judged replies to the select split's refusing prompts."""
     rates: dict[str, Rate]
     answer_shift: Estimate | None = None
     """The paper's L_g, in nats."""
@@ -107,6 +109,47 @@ class LayerScores(_Part):
     p_max: float
     chosen: list[int]
     n: int
+
+
+class Band(_Part):
+    """A mean over draws with their central 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
+class InsideSubjects(_Part):
+    """Pearson r of projection and score inside subjects, p of the largest over layers, prompts of subjects with both verdicts."""
+
+    r: float
+    p_max: float
+    n: int
+
+
+class Diagnosis(_Part):
+    """How far one method's direction can be trusted, at its best layer; see `directions.diagnosis`."""
+
+    layer: int
+    counts: dict[str, int]
+    d: int
+    null_space_share: float
+    effective_rank: float | None
+    relative_penalty: float | None
+    split_half: Band | None
+    split_half_topic: Band | None
+    n_splits: int
+    cosine_md: float
+    cosine_null: float
+    cosine_unweighted: float | None
+    within_subject: InsideSubjects
+
+
+class Drawn(_Part):
+    """The method whose direction the figures draw, and the rule by which it was chosen."""
+
+    method: str
+    rule: str
 
 
 class Grid(_Part):
@@ -144,24 +187,61 @@ class Pca(_Part):
 
 
 class Configuration(_Part):
-    """One steering configuration tried on the select split; refusal there is log-odds above 0, nothing is generated."""
+    """A setting of one method, and what the finder measured of it on the select split."""
 
-    method: str | None = None
-    k: int | None = None
-    alpha: float | None = None
-    reposition: bool | None = None
-    dose: float | None = None
-    political: Rate
-    harmful: Rate
-    answer_shift: float | None = None
-    meets_target: bool | None = None
-    """None: not recorded."""
-    chosen: bool = False
-    null: bool = False
+    method: str
+    k: int
+    alpha: float
+    reposition: bool
+    answer_shift: Estimate
+    """L_g, in nats."""
+    removal: Estimate | None = None
+    """Delta_c by judged replies; None where a setting of a smaller L_g had met the target."""
+    complete: bool = False
+    """Judged on all prompts; else the first ones ruled the setting out."""
 
     @property
-    def is_base(self) -> bool:
-        return not self.null and (self.method in (None, "base") or not self.alpha)
+    def update(self) -> str:
+        return "reposition" if self.reposition else "addition"
+
+
+class Tried(Configuration):
+    chosen: bool = False
+
+
+class Finder(_Part):
+    """The search of every method: target, the prompts' c by the replies that chose them and by fresh ones, every setting."""
+
+    target: float
+    scored: Estimate
+    fresh: Estimate
+    trials: list[Tried]
+
+    def open(self, removal: Estimate) -> bool:
+        """Whether the removal's interval holds the target: its prompts do not tell on which side of it the setting is."""
+        return removal.low < self.target <= removal.high
+
+
+class Paired(_Part):
+    """Refusal rates of the same prompts before and after, and their difference."""
+
+    before: Rate
+    after: Rate
+    difference: Estimate
+    p: float
+
+
+class Matched(Configuration):
+    """The setting of a method and update whose removal is nearest the target, and what it does to harmful select prompts."""
+
+    harmful: Paired
+
+
+class RandomDirections(_Part):
+    """Refusal rates of select prompts by set: of the model as it is, and under each random edit of the headline method's size."""
+
+    base: dict[str, Rate]
+    random: list[dict[str, Rate]]
 
 
 class Confidence(_Part):
@@ -194,6 +274,9 @@ class Judges(_Part):
     agreement: Agreement | None = None
     between: list[JudgePair] = Field(default_factory=list)
     log_odds_auc: dict[str, Estimate] = Field(default_factory=dict)
+    """Of the model as it is, by set."""
+    steered_auc: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
+    """Under each method's edit, by set."""
 
 
 class Reply(_Part):
@@ -221,9 +304,15 @@ class Reproduction(_Part):
     table: list[Row] = Field(default_factory=list)
     paper: list[PaperRow] = Field(default_factory=list)
     layer_scores: dict[str, LayerScores] = Field(default_factory=dict)
+    directions: dict[str, Diagnosis] = Field(default_factory=dict)
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Methods without a direction, and why."""
+    drawn: Drawn | None = None
     density: Density | None = None
     pca: Pca | None = None
-    frontier: list[Configuration] = Field(default_factory=list)
+    finder: Finder | None = None
+    matched: list[Matched] = Field(default_factory=list)
+    null: RandomDirections | None = None
     confidence: dict[str, Confidence] = Field(default_factory=dict)
     confidence_measure: Literal["log_odds", "confidence"] = "log_odds"
     """What `confidence` holds: first-token refusal log-odds in nats, or c(x) in [-1, 1]. Above 0 is refusal in both."""
@@ -248,13 +337,26 @@ class Reproduction(_Part):
     def steered(self) -> list[Row]:
         return [row for row in self.table if row.method is not None]
 
+    def shift_factor(self, row: Row) -> float | None:
+        """Times the smallest L_g of all methods, where the two intervals are apart: what the row's removal costs ordinary answers."""
+        found = [r.answer_shift for r in self.steered if r.answer_shift is not None]
+        least = min(found, key=lambda shift: shift.value, default=None)
+        own = row.answer_shift
+        return own.value / least.value if own and least and 0 < least.high < own.low else None
+
+    def silent(self, row: Row) -> bool:
+        """Whether no refusal is left in any set: a model that refuses nothing may be one that is broken."""
+        before = self.base.rates if self.base is not None else {}
+        return (
+            row.method is not None
+            and any(before[n].count for n in before)
+            and not any(r.count for r in row.rates.values())
+        )
+
     @property
     def headline(self) -> Row | None:
-        """The row the finding speaks of: the paper's method WRMD, else the one with the fewest political refusals."""
-        rows = [row for row in self.steered if POLITICAL in row.rates]
-        return next(
-            (r for r in rows if r.method == "wrmd"), min(rows, key=lambda r: r.rates[POLITICAL].rate, default=None)
-        )
+        """The row the finding speaks of: that of the method the figures draw."""
+        return next((row for row in self.steered if self.drawn and row.method == self.drawn.method), None)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from rsteer_interp.provenance import Provenance
+from rsteer_interp.provenance import Provenance, json_text
 from rsteer_interp.report.collection import Collection, FoundStudy
 from rsteer_interp.report.schema import HARMFUL, POLITICAL, Rate, Reproduction
 
@@ -64,7 +63,7 @@ def _record(
 ) -> list[tuple[str, str]]:
     times = {name: f"{value:.1f} s" for name, value in seconds.items()}
     machine = [provenance.device, provenance.dtype, provenance.attention]
-    config = json.dumps(provenance.config, ensure_ascii=False, sort_keys=True) if provenance.config else ""
+    config = json_text(provenance.config, "config", indent=None, sort_keys=True) if provenance.config else ""
     rows = [
         ("n", _pairs(counts)),
         ("model", provenance.model_name or model.get("model", "")),
@@ -104,12 +103,19 @@ def limits(data: Reproduction | None) -> list[str]:
         "direction of the effects can be compared, not the rates.",
         weights,
         "Configurations were chosen on other prompts (select split) than those reported, but the directions of all "
-        "layers come from one sample of prompts; how much they vary with it is not shown here.",
+        "layers come from one sample of prompts; the table of directions says how much of them is its noise and its topics.",
         "Correlation by layer says where refusal can be read, not where it is caused.",
         "Refused and answered prompts differ in topic between the sets and between the subjects inside a set; the comparisons "
         "within subjects are the fair ones.",
         judged,
     ]
+    for row in data.steered:
+        if data.silent(row):
+            change = f", and ordinary answers change by a KL of {row.kl.value:.2f} nats per token" if row.kl else ""
+            out.insert(1, (
+                f"Under {row.label} no prompt of any set is refused{change}: that row may be of a model that is broken, not of one "
+                "that tells refusals apart."
+            ))  # fmt: skip
     base = data.base
     if base is not None and HARMFUL in base.rates and base.rates[HARMFUL].low < 0.5:
         rate = base.rates[HARMFUL]

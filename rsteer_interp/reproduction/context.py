@@ -15,6 +15,7 @@ from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
 from rsteer_interp.batch import ChatTemplate, Tokens
 from rsteer_interp.judges.base import Judge
+from rsteer_interp.key import UNKEYED
 from rsteer_interp.prompts import Prompt, PromptSet, Split, load_prompts
 from rsteer_interp.reproduction.presets import Preset
 from rsteer_interp.results import Provenance, Result, stage
@@ -29,7 +30,7 @@ class Context:
     preset: Preset
     folder: Path
     seed: int
-    settings: Mapping[str, Any]  # whatever of the config changes results
+    settings: Mapping[str, Any]  # the config, but for the folder
     seconds: dict[str, float] = field(default_factory=dict)
     kind: str = "reproduce"
 
@@ -78,8 +79,21 @@ class Context:
     def stage(
         self, name: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Mapping[str, Tensor] | None]]
     ) -> Result:
-        """The step's result: from disk when it is there for the same key, else computed, timed and saved."""
-        full_key = {"model": self.backend.fingerprint, "template": self.template.digest, **self.settings, **key}
+        """The step's result: from disk when it is there for the same key, else computed, timed and saved.
+
+        `key` holds what the outcome depends on beside the run's fixed parts, as objects (see `key`).
+        """
+        full_key = {
+            "model": self.backend,
+            "template": self.template,
+            "judge": self.judge,
+            "preset": self.preset,
+            "prompts": self.prompt_sets,
+            "seed": self.seed,
+            # A step of one method holds what was fitted by it.
+            "settings": {name: value for name, value in self.settings.items() if name not in UNKEYED | {"methods"}},
+            **key,
+        }
 
         def timed() -> tuple[Any, Mapping[str, Tensor] | None]:
             begin = time.perf_counter()

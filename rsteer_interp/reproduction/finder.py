@@ -1,34 +1,42 @@
-"""Step 3: per method, the smallest answer shift among the settings that reach the removal target."""
+"""Step 3: per method, the smallest answer shift among the settings that reach the removal target, by judged replies alone.
+
+Either update (addition, reposition) gets a search of its own, so that the two can be compared where they remove alike; the
+method's choice is the better of the two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rsteer_interp.backends.batching import Rows
+from rsteer_interp.backends.each import Each, repeated
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.backends.sampling import Sampling
-from rsteer_interp.evaluation import answer_log_probs, log_odds_of_each
-from rsteer_interp.nulls import random_unit_vectors
+from rsteer_interp.equal_norm import rotated_edits
+from rsteer_interp.evaluation import answer_log_probs
 from rsteer_interp.progress import progress
+from rsteer_interp.prompts import Prompt
 from rsteer_interp.refusal_scores import confidence_of, reply_and_judge
 from rsteer_interp.reproduction.context import Context
-from rsteer_interp.reproduction.presets import HARMFUL
+from rsteer_interp.reproduction.presets import HARMFUL, POLITICAL
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import Vectors
-from rsteer_interp.selection import Setting, find_setting, grid
-from rsteer_interp.statistics.intervals import Rate
+from rsteer_interp.selection import Found, Setting, find_setting, grid
+from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.steering import Steering, make_steering
 
-NULL_DRAWS = 6
+UPDATES = (False, True)  # addition, reposition
+NULL_DRAWS = 19  # the smallest p that they can give is 1/20
 
 
 def settings(context: Context) -> list[Setting]:
-    return grid(context.preset.ks, context.preset.alphas, (False, True))
+    return grid(context.preset.ks, context.preset.alphas, UPDATES)
 
 
 def steering_for(context: Context, vectors: Vectors, setting: Setting, tokens: tuple[int, ...]) -> Steering:
@@ -45,118 +53,171 @@ def steering_for(context: Context, vectors: Vectors, setting: Setting, tokens: t
     )
 
 
-class Screen:
-    """Measures edits on a few select prompts: removal and harmful refusal by log-odds, answer shift on conversations.
+@dataclass(frozen=True, eq=False)
+class Refusing:
+    """Sensitive select prompts that refuse, subjects alternating, with c of the replies they were chosen by and of fresh ones.
 
-    Everything before the first steered layer is computed once for all settings.
+    Both are of the model as it is. Prompts chosen for a high noisy c score lower when asked again, so that a fall is counted from
+    `fresh`: no edit then removes nothing.
     """
 
-    def __init__(self, context: Context, select: Scored, tokens: tuple[int, ...], first_layer: int) -> None:
-        self.context, self.tokens = context, tokens
-        backend, preset = context.backend, context.preset
-        refusing = select.refusing[: preset.screened]
-        self.refusing = refusing
-        self.confidence = select.confidence[refusing]
-        harmful = context.prompts("select", {HARMFUL: preset.screened})
-        self.political = backend.prepare(context.template.encode_all([select.texts[i] for i in refusing]), first_layer)
-        self.harmful = backend.prepare(context.encode(harmful), first_layer)
-        talks = context.conversations("select", preset.finder_conversations)
-        self.talks = backend.prepare(context.encode(talks), first_layer, 8)
-        self.base_odds = self.odds(self.political, [None])[0]
-        self.base_answers = answer_log_probs(backend, self.talks)
+    texts: list[str]
+    subjects: list[str]
+    scored: Float[Tensor, " prompt"]
+    fresh: Float[Tensor, " prompt"]
 
-    def odds(self, rows: Rows, edits: Sequence[Edit | None]) -> Float[Tensor, "edit prompt"]:
-        return log_odds_of_each(self.context.backend, rows, self.tokens, edits)
+    def report(self) -> dict[str, Any]:
+        means = {"scored": self.scored, "fresh": self.fresh}
+        return {name: asdict(Estimate.of(c.tolist(), clusters=self.subjects)) for name, c in means.items()}
 
-    def removal(self, odds: Float[Tensor, " prompt"]) -> float:
-        """Fall of the mean expected c, with the first token's refusal probability p for the share of refusals: 2p - 1."""
-        return float((2 * self.base_odds.sigmoid() - 2 * odds.sigmoid()).mean())
 
-    def answer_shift(self, edit: Edit | None) -> float:
-        return float((answer_log_probs(self.context.backend, self.talks, edit) - self.base_answers).abs().mean())
+def refusing(context: Context, select: Scored) -> Refusing:
+    """At most `preset.judged` of them."""
+    seen: Counter[str] = Counter()
+    turn = {}
+    for i in select.political:
+        turn[i] = seen[select.subjects[i]]
+        seen[select.subjects[i]] += 1
+    rows = sorted(turn, key=lambda i: turn[i])[: context.preset.judged]
+    texts = [select.texts[i] for i in rows]
+
+    def compute() -> tuple[dict[str, Any], None]:
+        with progress("asking refusing prompts again", len(rows)) as advance:
+            (fresh,) = confidences(context, texts, [None])
+            advance(len(rows))
+        return {"confidence": fresh.tolist()}, None
+
+    data = context.stage("3_finder_unsteered", {"refusing": texts}, compute).data
+    fresh = torch.tensor(data["confidence"], dtype=torch.float64)
+    return Refusing(texts, [select.subjects[i] for i in rows], select.confidence[rows], fresh)
+
+
+def confidences(context: Context, texts: Sequence[str], edits: Sequence[Edit | None]) -> Float[Tensor, "edit prompt"]:
+    """c of fresh sampled replies to the prompts under every edit, decoded together.
+
+    Their random numbers are not those of the scores, and the same under every edit, so that an edit that changes nothing has the
+    same replies as none.
+    """
+    replies = reply_and_judge(
+        context.backend,
+        repeated(context.template.encode_all(texts), len(edits)),
+        list(texts) * len(edits),
+        context.judge,
+        max_new_tokens=context.preset.tokens,
+        edit=edits[0] if len(edits) == 1 else Each(tuple(edits)),
+        sampling=Sampling(context.preset.judged_samples, 1.0, context.seed + 1),
+    )
+    return confidence_of(replies).view(len(edits), len(texts))
 
 
 def find(
-    context: Context, vectors: Vectors, select: Scored, screen: Screen, tokens: tuple[int, ...], target: float
+    context: Context, vectors: Vectors, prompts: Refusing, tokens: tuple[int, ...], target: float
 ) -> dict[str, Any]:
     """The method's trials and choice, as plain data."""
+    preset, every = context.preset, len(prompts.texts)
 
     def compute() -> tuple[dict[str, Any], None]:
-        points: dict[Setting, dict[str, Any]] = {}
-        candidates = settings(context)
-        with progress(f"searching {vectors.method.upper()} settings", len(candidates)) as advance:
+        edits = {s: steering_for(context, vectors, s, tokens).edit() for s in settings(context)}
+        with progress(f"searching {vectors.method.upper()} settings", len(edits)) as advance:
+            shifts = answer_shifts(context, vectors, edits)
+            fallen: dict[Setting, list[float]] = {setting: [] for setting in edits}
 
-            def edit_of(setting: Setting) -> Edit | None:
-                return steering_for(context, vectors, setting, tokens).edit()
+            def falls(chosen: Sequence[Setting], n: int) -> list[list[float]]:
+                have = len(fallen[chosen[0]])
+                if have < n:
+                    after = confidences(context, prompts.texts[have:n], [edits[setting] for setting in chosen])
+                    for setting, fall in zip(chosen, prompts.fresh[have:n] - after, strict=True):
+                        fallen[setting] += fall.tolist()
+                advance(len(chosen) if have == 0 else 0)
+                return [fallen[setting][:n] for setting in chosen]
 
-            def removals(chosen: Sequence[Setting]) -> list[float]:
-                edits = [edit_of(setting) for setting in chosen]
-                political, harmful = (screen.odds(rows, edits) for rows in (screen.political, screen.harmful))
-                points.update(zip(chosen, map(_point, political, harmful), strict=True))
-                advance(len(chosen))
-                return [screen.removal(odds) for odds in political]
-
-            def judged(setting: Setting) -> float:
-                rows = select.refusing[: context.preset.judged]
-                texts = [select.texts[i] for i in rows]
-                replies = reply_and_judge(
-                    context.backend,
-                    context.template.encode_all(texts),
-                    texts,
-                    context.judge,
-                    max_new_tokens=context.preset.tokens,
-                    edit=edit_of(setting),
-                    sampling=Sampling(context.preset.samples, 1.0, context.seed + 1),
+            found = [
+                find_setting(
+                    {setting: shift for setting, shift in shifts.items() if setting.reposition == update},
+                    falls,
+                    prompts.subjects,
+                    target=target,
+                    first=preset.first,
+                    at_once=max(1, context.backend.batch_size // (preset.first * preset.judged_samples)),
                 )
-                return float((select.confidence[rows] - confidence_of(replies)).mean())
-
-            found = find_setting(
-                candidates,
-                target=target,
-                removals=removals,
-                answer_shift=lambda setting: screen.answer_shift(edit_of(setting)),
-                judged_removal=judged,
-            )
+                for update in UPDATES
+            ]
+        best = min(found, key=_rank)
         return {
-            "chosen": asdict(found.chosen),
-            "target_met": found.target_met,
-            "trials": [asdict(t) | points[t.setting] for t in found.trials],
-            "n_refusing": len(select.refusing),
+            "chosen": asdict(best.chosen),
+            "target_met": best.target_met,
+            "trials": [asdict(trial) for each in found for trial in each.trials],
+            "n": every,
         }, None
 
-    key = {"method": vectors.method, "target": target, "tokens": tokens, "preset": str(context.preset)}
+    key = {"vectors": vectors, "target": target, "tokens": tokens, "refusing": prompts.texts, "fresh": prompts.fresh}
     return context.stage(f"3_finder_{vectors.method}", key, compute).data
 
 
-def random_cloud(context: Context, reference: Steering, screen: Screen) -> list[dict[str, Any]]:
-    """The unsteered point, then random unit vectors in place of the reference's directions: same amounts, same sites."""
+def _rank(found: Found) -> tuple[bool, float]:
+    """Those that meet the target first, by answer shift; the others by what they remove."""
+    assert found.chosen.removal is not None
+    value = found.chosen.answer_shift.value if found.target_met else -found.chosen.removal.value
+    return not found.target_met, value
+
+
+def answer_shifts(context: Context, vectors: Vectors, edits: Mapping[Setting, Edit | None]) -> dict[Setting, Estimate]:
+    """L_g of every setting on the finder's conversations; what comes before the first steered layer is computed once."""
+    backend, talks = context.backend, context.conversations("select", context.preset.finder_conversations)
+    first = min(site.layer for site in vectors.top(max(setting.k for setting in edits), backend.n_layers))
+    rows = backend.prepare(context.encode(talks), first, 8)
+    base = answer_log_probs(backend, rows)
+    subjects = [talk.subject for talk in talks]
+    return {
+        setting: Estimate.of((answer_log_probs(backend, rows, edit) - base).abs().tolist(), clusters=subjects)
+        for setting, edit in edits.items()
+    }
+
+
+def random_cloud(context: Context, reference: Steering) -> dict[str, Any]:
+    """Refusal rates of select prompts as the model is, then under the reference's edit turned by one random rotation for all its
+    sites."""
+    prompts = {name: context.prompts("select", {name: context.preset.null}) for name in (POLITICAL, HARMFUL)}
 
     def compute() -> tuple[dict[str, Any], None]:
-        edits: list[Edit | None] = [None]
-        for draw in range(NULL_DRAWS):
-            units = random_unit_vectors(len(reference.sites), context.backend.d_model, context.seed + draw).float()
-            edits.append(Steering(**{**vars(reference), "directions": units, "reposition": False}).edit())
-        with progress("random directions", 2) as advance:
-            political = screen.odds(screen.political, edits)
-            advance(1)
-            harmful = screen.odds(screen.harmful, edits)
-            advance(1)
-        base, *random = (
-            {"removal": screen.removal(odds), **_point(odds, other)}
-            for odds, other in zip(political, harmful, strict=True)
+        edits: list[Edit | None] = [None, *null_edits(context, reference.edit())]
+        rates = {}
+        for name, asked in prompts.items():
+            subjects = [prompt.subject for prompt in asked]
+            flags = refused(context, asked, edits, f"random directions, {name}")
+            rates[name] = [asdict(Rate.of(row, clusters=subjects)) for row in flags]
+        base, *random = (dict(zip(rates, row, strict=True)) for row in zip(*rates.values(), strict=True))
+        return {"base": base, "random": random}, None
+
+    key = {"steering": reference, "asked": prompts, "n": NULL_DRAWS}
+    data = context.stage("3_finder_random", key, compute).data
+    return {"base": data["base"], "random": data["random"]}
+
+
+def null_edits(context: Context, edit: Edit | None) -> list[Edit | None]:
+    """No edit's null is no edit."""
+    if edit is None:
+        return [None] * NULL_DRAWS
+    backend = context.backend
+    return [*rotated_edits(edit, backend.run, backend.d_model, NULL_DRAWS, context.seed)]
+
+
+def refused(context: Context, prompts: Sequence[Prompt], edits: Sequence[Edit | None], label: str) -> list[list[bool]]:
+    """Whether the greedy reply to each prompt refuses under every edit, decoded together: flags[edit][prompt]. Replies are not kept."""
+    texts, n = [prompt.prompt for prompt in prompts] * len(edits), len(prompts)
+    with progress(label, len(texts)) as advance:
+        replies = reply_and_judge(
+            context.backend,
+            repeated(context.encode(prompts), len(edits)),
+            texts,
+            context.judge,
+            max_new_tokens=context.preset.harmful_tokens,
+            edit=Each(tuple(edits)),
+            on_batch=advance,
         )
-        points = [{"method": "base", "null": False, **base, "removal": 0.0}]
-        return {"points": points + [{"method": "random", "null": True, **point} for point in random]}, None
-
-    key = {"amounts": sorted(reference.amounts.values()), "method": reference.method, "n": NULL_DRAWS}
-    points: list[dict[str, Any]] = context.stage("3_finder_random", key, compute).data["points"]
-    return points
+    flags = [group[0].verdict.refused for group in replies]
+    return [flags[i : i + n] for i in range(0, len(flags), n)]
 
 
-def _point(political: Float[Tensor, " prompt"], harmful: Float[Tensor, " prompt"]) -> dict[str, Any]:
-    """Refusal rates by the sign of the log-odds."""
-    return {"political": asdict(Rate.of((political > 0).tolist())), "harmful": asdict(Rate.of((harmful > 0).tolist()))}
-
-
-def chosen_setting(found: dict[str, Any]) -> Setting:
+def chosen_setting(found: Mapping[str, Any]) -> Setting:
     return Setting(**found["chosen"]["setting"])

@@ -41,7 +41,7 @@ def evaluate(context: Context, label: str, steering: Steering | None, tokens: tu
                 ]
         return {"replies": replies}, None
 
-    key = {"steering": _key(steering), "tokens": tokens, "preset": str(context.preset)}
+    key = {"steering": steering, "tokens": tokens}
     replies = context.stage(f"4_evaluation_{label}", key, compute).data["replies"]
     subjects = {name: [p.subject for p in prompts] for name, prompts in asked.items()}
     rates = {
@@ -63,14 +63,13 @@ def answers(context: Context, steerings: Mapping[str, Steering]) -> dict[str, An
         effects = {m: [e.shift.tolist(), e.kl.tolist()] for m, e in zip(steerings, found, strict=True)}
         return {"effects": effects}, None
 
-    key = {"steerings": {m: _key(s) for m, s in steerings.items()}, "preset": str(context.preset), "by": "conversation"}
     subjects = [talk.subject for talk in talks]
     return {
         m: {
             name: asdict(Estimate.of(values, clusters=subjects, seed=context.seed))
             for name, values in zip(("answer_shift", "kl"), both, strict=True)
         }
-        for m, both in context.stage("5_answers", key, compute).data["effects"].items()
+        for m, both in context.stage("5_answers", {"steerings": steerings}, compute).data["effects"].items()
     }
 
 
@@ -80,15 +79,4 @@ def _written(context: Context, prompt_set: str, reply: Reply) -> dict[str, Any]:
         "refused": reply.verdict.refused,
         "confidence": reply.verdict.confidence,
         "log_odds": reply.log_odds,
-    }
-
-
-def _key(steering: Steering | None) -> dict[str, Any] | None:
-    if steering is None:
-        return None
-    return {
-        "method": steering.method,
-        "amounts": {str(site): amount for site, amount in steering.amounts.items()},
-        "reposition": steering.reposition,
-        "directions": steering.directions.double().sum(0).tolist(),
     }

@@ -45,13 +45,23 @@ class Scored:
     def refusing(self) -> list[int]:
         return [i for i, c in enumerate(self.confidence.tolist()) if c > REFUSES_ABOVE]
 
+    @property
+    def political(self) -> list[int]:
+        """Refusing prompts on sensitive subjects: those from which refusal is to be removed.
+
+        The ordinary ones of which a few replies refused are mostly answered when asked again (demo model, by a beta-binomial fit of
+        K = 2 replies: mean c of -0.2, against 0.5 of the sensitive ones), so that there is nothing to remove.
+        """
+        return [i for i in self.refusing if self.sets[i] == POLITICAL]
+
 
 def score(context: Context, split: Split) -> tuple[Scored, dict[str, Any]]:
     """Scored prompts of the split, and the step's data (replies are not kept, only what is measured of them)."""
     counts = context.preset.fit if split == "fit" else context.preset.select
 
+    prompts = context.prompts(split, counts)
+
     def compute() -> tuple[dict[str, Any], None]:
-        prompts = context.prompts(split, counts)
         sampling = Sampling(context.preset.samples, 1.0, context.seed)
         with progress(f"scoring {split} prompts", len(prompts)) as advance:
             replies = reply_and_judge(
@@ -73,7 +83,7 @@ def score(context: Context, split: Split) -> tuple[Scored, dict[str, Any]]:
             "undecided": sum(r.verdict.z == 0 for group in replies for r in group),
         }, None
 
-    data = context.stage(f"1_scores_{split}", {"counts": counts, "preset": str(context.preset)}, compute).data
+    data = context.stage(f"1_scores_{split}", {"sample": prompts}, compute).data
     scored = Scored(
         data["prompts"], data["sets"], data["subjects"], torch.tensor(data["confidence"], dtype=torch.float64)
     )
@@ -94,10 +104,12 @@ def not_applicable(fit: Scored, select: Scored) -> str | None:
     said = (
         f"base refusal {base.rate:.0%} of {base.n} political prompts (95 % interval {base.low:.0%} to {base.high:.0%})"
     )
-    if refusing < LEAST_CLASS or len(select.refusing) < LEAST_CLASS // 2:
+    if refusing < LEAST_CLASS or len(select.political) < LEAST_CLASS // 2:
         return (
             f"not applicable: {said}; this model does not refuse often enough for a refusal direction to be estimated"
         )
+    if len({select.subjects[i] for i in select.political}) < 2:
+        return f"not applicable: {said}; those of the select split are of one subject, which gives no interval"
     if complying < LEAST_CLASS:
         return f"not applicable: {said}; this model answers too few prompts to compare with"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends.edits import Site
-from rsteer_interp.directions import ESTIMATORS, Evidence, fit_directions
+from rsteer_interp.directions import ESTIMATORS, CannotFit, Direction, Evidence, fit_directions
 from rsteer_interp.moments import Moments
 from rsteer_interp.nulls import max_correlation_null
 from rsteer_interp.progress import progress
@@ -29,13 +30,22 @@ States = dict[Site, Float[Tensor, "prompt d"]]
 
 @dataclass(frozen=True)
 class Vectors:
-    """One method's unit directions and neutral means at every site, with scores and scales from the select split."""
+    """One method's directions at every site, with scores and scales from the select split."""
 
     method: str
-    directions: dict[Site, Float[Tensor, " d"]]
-    references: dict[Site, Float[Tensor, " d"]]
+    fitted: dict[Site, Direction]
     scores: dict[int, LayerScore]  # by layer
     scales: dict[Site, tuple[float, float]]
+
+    @cached_property
+    def directions(self) -> dict[Site, Float[Tensor, " d"]]:
+        """Unit vectors."""
+        return {site: d.unit for site, d in self.fitted.items()}
+
+    @cached_property
+    def references(self) -> dict[Site, Float[Tensor, " d"]]:
+        """Neutral means."""
+        return {site: d.offset for site, d in self.fitted.items()}
 
     def top(self, k: int, n_layers: int) -> list[Site]:
         return [Site(layer) for layer in top_layers(self.scores, k, n_layers)]
@@ -61,33 +71,35 @@ def projections(vectors: Vectors, states: States) -> Float[Tensor, "prompt site"
     )
 
 
+def evidence_of(context: Context, fit: Scored, states: States) -> dict[Site, Evidence]:
+    """What every estimator is fitted on."""
+    return {site: Evidence(states[site], fit.confidence, site=site, subjects=fit.groups) for site in context.sites}
+
+
 def fit_vectors(
-    context: Context, fit: Scored, fit_states: States, select: Scored, select_states: States
-) -> dict[str, Vectors]:
-    """Every method's vectors; fitted on the fit split, scored on the select split."""
-    evidence = {site: Evidence(fit_states[site], fit.confidence, site=site) for site in context.sites}
-    out = {}
+    context: Context, fit: Scored, evidence: Mapping[Site, Evidence], select: Scored, select_states: States
+) -> tuple[dict[str, Vectors], dict[str, str]]:
+    """Every registered estimator's vectors, fitted on the fit split, scored on the select split; and why some have none."""
+    out, left_out = {}, {}
     for method, estimator in ESTIMATORS.items():
-        found = fit_directions(
-            estimator(), evidence, sets=tuple(sorted(set(fit.sets))), fingerprint=context.backend.fingerprint
-        )
-        directions = {site: d.unit for site, d in found.items()}
-        references = {site: d.offset for site, d in found.items()}
-        partial = Vectors(method, directions, references, {}, {})
-        p = projections(partial, select_states)
+        try:
+            fitted = fit_directions(
+                estimator(), evidence, sets=tuple(sorted(set(fit.sets))), fingerprint=context.backend.fingerprint
+            )
+        except CannotFit as reason:
+            left_out[method] = str(reason)
+            continue
+        p = projections(Vectors(method, fitted, {}, {}), select_states)
         out[method] = Vectors(
             method,
-            directions,
-            references,
+            fitted,
             {s.layer: layer_score(p[:, i], select.confidence) for i, s in enumerate(context.sites)},
             {site: scales(p[:, i], select.confidence) for i, site in enumerate(context.sites)},
         )
-    return out
+    return out, left_out
 
 
-def layer_report(
-    context: Context, vectors: Vectors, select: Scored, states: States, chosen: list[int]
-) -> dict[str, Any]:
+def layer_report(context: Context, vectors: Vectors, select: Scored, states: States) -> dict[str, Any]:
     """Read-out curve on the select split with its permutation null, and the same inside each subject (topic-free)."""
     p, c, draws = projections(vectors, states), select.confidence, context.preset.permutations
     null = max_correlation_null(p, c, draws, context.seed)
@@ -107,7 +119,6 @@ def layer_report(
         "p_max": null.p,
         "within_subject_p_max": within.p,
         "within_subject_n": int(movable(c.tolist(), select.groups).sum()),
-        "chosen": chosen,
         "n": len(select.texts),
     }
 

@@ -38,14 +38,14 @@ from rsteer_interp.safety_audit.measures import (
     state_shift,
 )
 from rsteer_interp.safety_audit.plan import ROLES, Plan, Role
-from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, threshold
-from rsteer_interp.safety_audit.subject import Subject, content_digest
+from rsteer_interp.safety_audit.reading import caveats, compared, incoherent, lost, read_out
+from rsteer_interp.safety_audit.subject import Subject
 from rsteer_interp.safety_audit.verdict import Verdict, decide
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.steering import Steering
 
-__all__ = ["Audit", "Plan", "Subject", "Verdict", "audit", "content_digest", "decide"]
+__all__ = ["Audit", "Plan", "Subject", "Verdict", "audit", "decide"]
 
 SHIFTED = 48  # prompts of a set whose states are compared
 
@@ -86,6 +86,7 @@ class _Run:
         tokens = self._openings()
         replies = {role: {side: self._replies(side, role, tokens) for side in ("before", "after")} for role in ROLES}
         sets = {role: compared(sides, self.plan.groups(role), self.plan.seed) for role, sides in replies.items()}
+        checks = read_out(self.plan.prompts, replies)
         answers = self._answers(replies["general"])
         harmful = replies["harmful"]
         verdict = decide(
@@ -94,19 +95,20 @@ class _Run:
             ),
             self.plan.margin,
             incoherent=incoherent(answers),
-            caveats=caveats(sets),
+            caveats=caveats(sets, checks),
         )
         data = {
             "subject": self.after.name,
             "verdict": asdict(verdict) | {"sentence": verdict.sentence},
             "sets": sets,
             "answers": answers,
+            "read_out": checks,
             "random": self._random(replies, tokens),
             "states": self._states(replies),
             "embeddings": self._embeddings(),
             "refusal_tokens": [self.before.tokenizer.decode([t]) for t in tokens],
             "lost": lost(self.plan.prompts["harmful"], harmful),
-            "notes": [*self.notes, *self.before.notes],
+            "notes": [*self.notes, *self.before.notes, *self.before.template().notes],
         }
         return Audit(verdict, data)
 
@@ -169,8 +171,9 @@ class _Run:
             kl, before, after = conversation_effects(self.before, self.after, self.plan.conversations)
             old, new = (self._said(prompts, general[side]) for side in ("before", "after"))
             return {
-                # Rounding takes a KL of nothing below 0.
-                "kl": asdict(Estimate.of(kl.clamp(min=0).tolist(), clusters=asked)),
+                "kl": asdict(
+                    Estimate.of(kl.clamp(min=0).tolist(), clusters=self.plan.talk_groups)
+                ),  # KL of nothing may round below 0
                 "perplexity_before": asdict(perplexity(before, asked)),
                 "perplexity_after": asdict(perplexity(after, asked)),
                 "perplexity_ratio": asdict(perplexity(after - before, asked)),
@@ -191,9 +194,9 @@ class _Run:
     def _random(self, replies: Mapping[Role, Any], tokens: tuple[int, ...]) -> dict[str, Any]:
         harmful, n = replies["harmful"], self.plan.random_prompts
         both = [a and b for a, b in zip(harmful["before"]["refused"], harmful["after"]["refused"], strict=True)]
-        kept = [i for i, flag in enumerate(both) if flag][:n]
         prompts, groups = (
-            [each[i] for i in kept] for each in (self.plan.prompts["harmful"], self.plan.groups("harmful"))
+            [each for each, kept in zip(of, both, strict=True) if kept][:n]
+            for of in (self.plan.prompts["harmful"], self.plan.groups("harmful"))
         )
         if not tokens or self.plan.random_vectors < 2 or len(prompts) < LEAST_PUSHED or len(set(groups)) < 2:
             why = (
@@ -202,7 +205,7 @@ class _Run:
                 else f"{len(prompts)} harmful prompts on {len(set(groups))} subjects are refused before and after"
             )
             return {"measured": False, "reason": why if self.plan.random_vectors >= 2 else "not asked for"}
-        cut_off = threshold(replies)
+        longest = min(self.plan.tokens, KEPT_TOKENS)
 
         def compute() -> dict[str, Any]:
             return {"measured": True} | random_pushes(
@@ -211,23 +214,23 @@ class _Run:
                 prompts,
                 tokens,
                 self.plan.conversations[:8],
+                self.judge,
                 subjects=groups,
                 n_vectors=self.plan.random_vectors,
-                threshold=cut_off,
+                longest=longest,
                 seed=self.plan.seed,
             )
 
         key = {
             "prompts": prompts,
-            "subjects": groups,
             "openings": tokens,
             "conversations": self.plan.conversations[:8],
             "vectors": self.plan.random_vectors,
-            "threshold": cut_off,
+            "longest": longest,
             "seed": self.plan.seed,
             "layer": self.after.layer,
-            "push": None if self.after.push is None else self.after.push.tolist(),
-        }
+            "push": self.after.push,
+        } | self._judged()
         return self._step("4_random", key, compute, changed=True)
 
     def _states(self, replies: Mapping[Role, Any]) -> list[dict[str, Any]]:
@@ -238,7 +241,7 @@ class _Run:
         def compute() -> dict[str, Any]:
             return {"sites": state_shift(self.before, self.after, prompts, refused, self.plan.seed)}
 
-        key = {"prompts": prompts, "refused": refused.tolist(), "seed": self.plan.seed}
+        key = {"prompts": prompts, "refused": refused, "seed": self.plan.seed}
         sites: list[dict[str, Any]] = self._step("5_states", key, compute, changed=True)["sites"]
         return sites
 
@@ -248,7 +251,7 @@ class _Run:
         return self._step("5_embeddings", {}, lambda: embedding_check(self.before, self.after.backend), changed=True)
 
     def _judged(self) -> dict[str, Any]:
-        return {"judge": self.judge.name, "tokens": self.plan.tokens}
+        return {"judge": self.judge, "tokens": self.plan.tokens}
 
     def _step(
         self, name: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Any]], *, changed: bool = False
@@ -256,11 +259,9 @@ class _Run:
         """The step's data; `changed` steps depend on the subject too."""
         if self.out is None:
             return compute()
-        whole = dict(key) | _identity(self.before)
+        whole = {"model": self.before, "template": self.before.template(), **key}
         if changed:
-            whole |= {"subject": self.after.digest, "system": self.after.treatment.system} | {
-                f"subject_{k}": v for k, v in _identity(self.after.backend).items()
-            }
+            whole["subject"] = self.after
 
         def computed() -> tuple[dict[str, Any], Mapping[str, Tensor] | None]:
             return compute(), None
@@ -269,12 +270,3 @@ class _Run:
             return Provenance.collect(self.before, seeds=self.plan.seed, template=self.before.template())
 
         return stage(self.out / "steps" / name, f"safety_audit/{name}", whole, computed, record).data
-
-
-def _identity(backend: Backend) -> dict[str, Any]:
-    return {
-        "model": backend.fingerprint,
-        "template": backend.template().digest,
-        "backend": backend.name,
-        "dtype": str(backend.model.dtype),
-    }

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from rsteer_interp.activations import last_states
 from rsteer_interp.backends.base import Backend
-from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.edits import Site, compose
 from rsteer_interp.batch import Batch
 from rsteer_interp.checkpoint_shift import component_cosine, mean_shift, rank_null, shift_spectrum
 from rsteer_interp.embedding_integrity import changed_tokens, embedding_digest, embedding_matrix
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import ANSWER_ROWS
+from rsteer_interp.judges.base import Judge
 from rsteer_interp.measures import kl_divergence, masked_mean, token_log_probs
 from rsteer_interp.random_audit import LayerAudit, push_changes, random_audit
+from rsteer_interp.random_push import push
+from rsteer_interp.reader import validation_of
+from rsteer_interp.refusal_scores import replies_of_each
 from rsteer_interp.safety_audit.subject import Subject
 from rsteer_interp.statistics.intervals import Estimate, Rate
 
@@ -66,14 +70,16 @@ def random_pushes(
     prompts: Sequence[str],
     refusal_tokens: Sequence[int],
     conversations: Sequence[tuple[str, str]],
+    judge: Judge,
     *,
     subjects: Sequence[str],
     n_vectors: int,
-    threshold: float,
+    longest: int,
     seed: int,
 ) -> dict[str, Any]:
     """Whether refusals became easier to break by random directions: the same pushes (layer, amount, vectors) on the model before and
-    after, on prompts that both refuse. Also where the subject's own direction falls among them."""
+    after, on prompts that both refuse. Flips are judged replies of `longest` tokens, of which nothing is kept; falls are nats of the
+    log-odds. Also where the subject's own direction falls among them."""
     layer = after.layer if after.layer is not None else max(1, before.n_layers // 2)
     talks = before.template().encode_all([q for q, _ in conversations], [a for _, a in conversations])
     audit = random_audit(
@@ -83,7 +89,6 @@ def random_pushes(
         talks,
         n_vectors=n_vectors,
         layers=[layer],
-        threshold=threshold,
         learned=None if after.push is None else {"own": after.push},
         seed=seed,
     )
@@ -93,28 +98,38 @@ def random_pushes(
         after.backend, rows, refusal_tokens, layer, one.dose * one.mu, audit.vectors, after.treatment.edit
     )
     changed = LayerAudit(layer, one.mu, one.dose, one.guard, base, change)
+
+    def judged(side: str, subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
+        pushes = [push(subject.backend, layer, v, one.dose * one.mu) for v in audit.vectors.float()]
+        replies = replies_of_each(
+            subject.backend,
+            subject.rows(prompts),
+            prompts,
+            judge,
+            [compose(subject.treatment.edit, each) for each in pushes],
+            max_new_tokens=longest,
+            refusal_tokens=refusal_tokens,
+        )
+        flips = [[not reply.verdict.refused for reply in of_vector] for of_vector in replies]
+        every = [reply for of_vector in replies for reply in of_vector]
+        check = validation_of(f"random pushes, {side}", every, list(subjects) * len(pushes))
+        return asdict(Rate.crossed(flips, clusters=subjects)), check.data()
+
+    flipped = {side: judged(side, each) for side, each in (("before", Subject(before)), ("after", after))}
     return {
         "layer": layer,
         "dose": one.dose,
         "coherent": one.coherent,
         "n_vectors": n_vectors,
         "n_prompts": len(prompts),
-        "threshold": threshold,
         "fall_before": asdict(Estimate.crossed(-one.change, clusters=subjects)),
         "fall_after": asdict(Estimate.crossed(-changed.change, clusters=subjects)),
         "difference": asdict(Estimate.crossed(one.change - changed.change, clusters=subjects)),
-        "flipped_before": _flips(one, threshold, subjects),
-        "flipped_after": _flips(changed, threshold, subjects),
+        "flipped_before": flipped["before"][0],
+        "flipped_after": flipped["after"][0],
+        "read_out": {side: check for side, (_, check) in flipped.items()},
         "own": None if after.push is None else asdict(one.standing("own")),
     }
-
-
-def _flips(audit: LayerAudit, threshold: float, subjects: Sequence[str]) -> dict[str, Any] | None:
-    """Of the pairs of a vector and a prompt above the threshold, the share that the push takes below; None without such prompts."""
-    above = (audit.base > threshold).nonzero()[:, 0].tolist()
-    if not above:
-        return None
-    return asdict(Rate.crossed(audit.flipped(threshold)[:, above], clusters=[subjects[i] for i in above]))
 
 
 def state_shift(

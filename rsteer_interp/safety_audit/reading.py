@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from rsteer_interp.gates import balanced_threshold
 from rsteer_interp.random_push import COHERENT_KL
+from rsteer_interp.reader import validation
 from rsteer_interp.safety_audit.plan import Role
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.statistics.paired import PairedRates, paired_permutation
@@ -53,7 +51,7 @@ def incoherent(answers: Mapping[str, Any]) -> str | None:
     return None
 
 
-def caveats(sets: Mapping[Role, Any]) -> list[str]:
+def caveats(sets: Mapping[Role, Any], checks: Mapping[str, Any] | None) -> list[str]:
     out = []
     odds = sets["harmful"]["log_odds"]
     if odds is not None and odds["change"]["high"] < 0 and odds["p"] < 0.05:
@@ -62,6 +60,8 @@ def caveats(sets: Mapping[Role, Any]) -> list[str]:
             f"The mean refusal log-odds of harmful prompts fell by {-change['value']:.2g} nats "
             f"({-change['high']:.2g} to {-change['low']:.2g}, p = {odds['p']:.2g})."
         )
+        if checks is not None and not checks["after"]["valid"]:
+            out.append(f"After the change log-odds do not tell judged refusals ({checks['after']['words']}).")
     for role in ("borderline", "general"):
         rise = sets[role]["difference"]
         if rise["low"] > 0:
@@ -79,14 +79,13 @@ def lost(prompts: tuple[str, ...], harmful: Mapping[str, Any]) -> list[dict[str,
     return [{"prompt": prompts[i], "before": old["responses"][i], "after": new["responses"][i]} for i in lost[:SHOWN]]
 
 
-def threshold(replies: Mapping[Role, Any]) -> float:
-    """The log-odds that tell refused from answered replies before the change best; 0 with fewer than two of either."""
-    pairs = [
-        pair
-        for sides in replies.values()
-        for pair in zip(*(sides["before"][k] for k in ("log_odds", "refused")), strict=True)
-    ]
-    refused, answered = (
-        torch.tensor([x for x, r in pairs if r is kind], dtype=torch.float64) for kind in (True, False)
-    )
-    return balanced_threshold(refused, {"answered": answered}) if min(len(refused), len(answered)) > 1 else 0.0
+def read_out(prompts: Mapping[Role, tuple[str, ...]], replies: Mapping[Role, Any]) -> dict[str, Any] | None:
+    """How well log-odds tell judged refusals apart before and after the change, all sets together; None without log-odds."""
+    found = {}
+    for side in ("before", "after"):
+        parts = [(prompts[role], sides[side]) for role, sides in replies.items()]
+        if any(part["log_odds"] is None for _, part in parts):
+            return None
+        odds, refused = ([x for _, part in parts for x in part[name]] for name in ("log_odds", "refused"))
+        found[side] = validation(side, odds, refused, [text for texts, _ in parts for text in texts]).data()
+    return found

@@ -1,10 +1,9 @@
-"""Subject: what is audited, a model and what is done to it; and the digest that tells its stored steps from others'."""
+"""Subject: what is audited, a model and what is done to it."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.batch import Tokens
 from rsteer_interp.embedding_integrity import weights_digest
-from rsteer_interp.errors import UserError
 from rsteer_interp.methods.base import Treatment
 from rsteer_interp.steering import Steering
 
@@ -61,44 +59,7 @@ class Subject:
         return self.backend.template(self.treatment.system).encode_all(prompts, answers)
 
     @property
-    def digest(self) -> str:
-        """Of the weights and of everything that the treatment holds."""
-        return f"{self.weights or self.backend.fingerprint}|{content_digest(self.treatment)}"
-
-
-def content_digest(value: Any) -> str:
-    """blake2b of plain values, tensors and dataclasses of them; private fields (caches) do not count.
-
-    UserError for an object that does not show what it holds: two of those could not be told apart on disk.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    _update(digest, value)
-    return digest.hexdigest()
-
-
-def _update(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"tensor{tuple(value.shape)}".encode() + value.detach().cpu().double().numpy().tobytes())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        digest.update(type(value).__qualname__.encode())
-        for one in dataclasses.fields(value):
-            if not one.name.startswith("_"):
-                digest.update(one.name.encode())
-                _update(digest, getattr(value, one.name))
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            digest.update(str(key).encode())
-            _update(digest, value[key])
-    elif isinstance(value, frozenset | set):
-        _update(digest, sorted(value, key=str))
-    elif value is None or isinstance(value, str | bytes | bool | int | float):
-        digest.update(f"{type(value).__name__}:{value!r};".encode())
-    elif isinstance(value, Sequence):
-        digest.update(f"sequence{len(value)}".encode())
-        for item in value:
-            _update(digest, item)
-    else:
-        raise UserError(
-            f"a {type(value).__name__} does not show what it holds, so its results cannot be stored; "
-            "make the edit a dataclass, or audit without a folder"
-        )
+    def identity(self) -> dict[str, Any]:
+        """What a number depends on: the model, its template, every weight of another checkpoint, and the treatment."""
+        template = self.backend.template(self.treatment.system)
+        return {"model": self.backend, "template": template, "weights": self.weights, "treatment": self.treatment}

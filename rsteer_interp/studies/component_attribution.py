@@ -24,6 +24,7 @@ from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.studies.component_shares import Component, differences, random_heads, top_heads
 from rsteer_interp.studies.component_steps import Reader, ablation, attention, indices, take_apart
 from rsteer_interp.studies.layer_curves import correlations
+from rsteer_interp.studies.reader_checks import checks_table, checks_words
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def finding(data: dict[str, Any]) -> str:
         f"From the last token they give {100 * look['effect']['value']:.0f} % ({100 * look['effect']['low']:.0f} to "
         f"{100 * look['effect']['high']:.0f}) of their attention to the instruction ({beside}, n = {look['effect']['n']})."
     )
-    return " ".join(parts)
+    return " ".join([*parts, checks_words(data["ablation"]["read_out"])])
 
 
 def tables(data: dict[str, Any]) -> list[Table]:
@@ -165,4 +166,4 @@ def tables(data: dict[str, Any]) -> list[Table]:
             f"{report['within_subject_q'][i]:.2g}",
             f"{data['select_value'][i] / before:.2f}",
         )
-    return [table]
+    return [table, checks_table(data["ablation"]["read_out"])]

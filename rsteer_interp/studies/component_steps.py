@@ -11,15 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.backends import load_backend
-from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.backends.transformerlens import TransformerLensBackend
 from rsteer_interp.errors import UserError
-from rsteer_interp.heads import Head, ablated_log_odds, last_heads
+from rsteer_interp.heads import Head, SetHeads, ablated_log_odds, last_heads
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import NEUTRAL_BAND
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.component_shares import SPANS, against_random, mass_by_span
+from rsteer_interp.studies.reader_checks import judged_subsample
 from rsteer_interp.studies.study import Study
 
 _ROWS = 16  # prompts at once whose components are held
@@ -69,7 +70,7 @@ def take_apart(
                 advance(len(group))
         return {"names": names}, {"parts": torch.stack([out[i] for i in range(len(rows))])}
 
-    key = {"prompts": scored.texts, "layer": layer, "direction": v.double().tolist()}
+    key = {"prompts": scored.texts, "layer": layer, "direction": v}
     found = study.stage(f"2_parts_{split}", key, compute)
     return found.tensors["parts"].double(), found.data["names"]
 
@@ -85,7 +86,7 @@ def ablation(
 ) -> dict[str, Any]:
     """Refusal log-odds removed by setting heads at the last token to their mean over fit prompts, both classes alike."""
     sites = [Site(layer, "z") for layer in sorted({layer for layer, _ in chosen})]
-    shared = {"fit": fit.texts, "confidence": fit.confidence.tolist(), "chosen": chosen}
+    shared = {"fit": fit, "chosen": chosen}
 
     def mean() -> tuple[dict[str, Any], dict[str, Tensor]]:
         states = last_heads(reader.backend(), study.template.encode_all(fit.texts), sites)
@@ -96,7 +97,7 @@ def ablation(
 
     found = study.stage("3_means", shared, mean).tensors
     means = {site: found[str(site)] for site in sites}
-    out = {}
+    out: dict[str, Any] = {}
     for name, scored in asked.items():
 
         def compute(name: str = name, prompts: list[str] = scored.texts) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -112,6 +113,12 @@ def ablation(
         removed = odds[:, :1] - odds[:, 1:]
         base = Estimate.of(odds[:, 0].tolist(), clusters=scored.subjects)
         out[name] = against_random(removed[:, 0], removed[:, 1:], scored.subjects) | {"base": asdict(base)}
+    texts, subjects = ([x for scored in asked.values() for x in getattr(scored, k)] for k in ("texts", "subjects"))
+    every = {site: torch.zeros(len(texts), len(mean), dtype=torch.bool) for site, mean in means.items()}
+    for layer, head in chosen:
+        every[Site(layer, "z")][:, head] = True
+    kinds: dict[str, list[Edit | None]] = {"heads at their mean": [SetHeads(means, every)]}
+    out["read_out"] = judged_subsample(study, "3_judged", shared, kinds, texts, subjects, reader.backend)
     return out
 
 

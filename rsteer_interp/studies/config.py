@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-INCIDENTAL = frozenset({"out", "scores", "batch_size", "device_map"})  # settings that change no result
+INCIDENTAL = frozenset({"out", "scores", "batch_size", "device_map", "verify"})
+"""Where things lie and how they run: no part of a question."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class StudyConfig:
     """Prompts of each set on which results are reported."""
     tokens: int = 24
     """Longest reply that is judged."""
+    samples: int = 4
+    """Sampled replies per prompt for the graded c that weighted estimators are fitted on; even, so that votes can split."""
     judge: str = "default"
     """Judge of replies: default, pattern, local or endpoint."""
     backend: Literal["auto", "hooks", "transformerlens"] = "auto"
@@ -37,7 +40,9 @@ class StudyConfig:
     """transformers' device map, for models spread over several devices (hooks backend)."""
     trust_remote_code: bool = False
     """Run code that comes with the model's repository; read it first."""
+    verify: bool = False
+    """Read every byte of the model's files before, and compare with the digests that were recorded."""
     batch_size: int = 96
-    """Most rows at once; halved when memory runs out."""
+    """Most rows at once; halved when memory runs out. Below float32 results move with it: steps kept at another are run again."""
     seed: int = 0
     """Seed of prompt samples, random directions, permutations and bootstraps."""

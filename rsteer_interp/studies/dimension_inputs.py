@@ -22,23 +22,21 @@ from rsteer_interp.progress import progress
 from rsteer_interp.prompts import load_prompts
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored
-from rsteer_interp.statistics.rotation import random_frame, rotated
+from rsteer_interp.statistics.rotation import draw_seeds, random_frame
 from rsteer_interp.studies.dimension_results import Basis
-from rsteer_interp.studies.dimension_runs import Bench, reach
+from rsteer_interp.studies.dimension_runs import Bases, Bench, reach
 from rsteer_interp.studies.dimension_sweep import Base
 from rsteer_interp.studies.layer_curves import correlations
 from rsteer_interp.studies.study import NotApplicable, Study
 from rsteer_interp.studies.subspace_union import leading
 from rsteer_interp.studies.subspaces import FAMILIES, Groups, families, like_states, topics
-from rsteer_interp.studies.turned_ablation import Bases
 
 if TYPE_CHECKING:
     from analyses.dimensionality import Config
 
 SETS = (POLITICAL, MATCHED)
 LEAST = 4  # fewest refusing prompts of select and of report, and fewest answered ones of report
-_FRAMES, _ROTATIONS = 100, 200  # seeds of these come after those of other draws
-_TURNED = (*FAMILIES, "layer", "global")  # each with rotations of its own, so that no two nulls are the same draws
+_FRAMES = 100  # seeds of these come after those of other draws
 
 
 class Inputs:
@@ -119,10 +117,11 @@ class Inputs:
         every: dict[str, list[Bases]] = {"topics": [topic], "covariance": drawn}
         return {name: draws for name, draws in every.items() if all(reach(bases, self.ks) for bases in draws)}
 
-    def turned(self, name: str, bases: Bases) -> list[Bases]:
-        """The bases under `random` rotations, one for all sites each."""
-        first = _ROTATIONS + _TURNED.index(name) * self.config.random
-        return [rotated(bases, self._seed(first + i)) for i in range(self.config.random)]
+    @cached_property
+    def rotations(self) -> list[Float[Tensor, "d d"]]:
+        """Random rotations of the stream, the same for every ablation: each null is then of the same draws."""
+        seeds = draw_seeds(self.config.random, self._seed(_FRAMES))
+        return [random_frame(self.d_model, self.d_model, seed).float() for seed in seeds]
 
     @cached_property
     def frames(self) -> list[Float[Tensor, "k d"]]:
@@ -170,7 +169,7 @@ class Inputs:
         """What the outcome of every step depends on, and what one step adds."""
         return {
             "prompts": [self.refused.texts, self.answered.texts],
-            "fit": [self.fit.texts, self.fit.confidence.tolist()],
+            "fit": self.fit,
             "tokens": self.study.refusal_tokens,
             "settings": [max(self.ks), self.config.random, self.config.controls, self.config.seed, *more],
         }

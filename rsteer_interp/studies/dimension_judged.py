@@ -6,29 +6,26 @@ rotation of each, are answered and judged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rsteer_interp.agreement import auc_estimate
 from rsteer_interp.backends.edits import Edit
 from rsteer_interp.evaluation import log_odds
-from rsteer_interp.interventions import AblateSubspace, Everywhere
 from rsteer_interp.progress import progress
+from rsteer_interp.reader import UNSTEERED, validation
 from rsteer_interp.refusal_scores import REFUSES_ABOVE, confidence_of, reply_and_judge
 from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.studies.dimension_inputs import Inputs
-from rsteer_interp.studies.dimension_results import Basis, Check, Judged
-from rsteer_interp.studies.dimension_steps import ablated
-from rsteer_interp.studies.turned_ablation import Bases
+from rsteer_interp.studies.dimension_results import ABLATION, ROTATED, Basis, Check, Judged
+from rsteer_interp.studies.dimension_runs import Bases, first, reach, with_nulls
 
 Setting = tuple[Basis | None, int, bool]  # whose rows, how many, and whether they are turned
 Read = tuple[Bool[Tensor, " prompt"], Float[Tensor, " prompt"]]  # judged refusal, log-odds
+KINDS = (UNSTEERED, ABLATION, ROTATED)
 
 
 def check(inputs: Inputs) -> Check:
@@ -37,27 +34,32 @@ def check(inputs: Inputs) -> Check:
     bases: dict[Basis, Bases] = {"site": inputs.families[inputs.lead], **inputs.shared}
     with progress("judging replies under edits", len(bases)) as advance:
         for basis, rows in bases.items():
-            read |= _edited(inputs, basis, rows)
+            ks = reach(rows, inputs.ks)
+            for k in sorted({ks[0], ks[-1]}):
+                edits = with_nulls(inputs.study.backend, first(rows, k), inputs.rotations[:1])
+                for turned, edit in zip((False, True), edits, strict=True):
+                    read[basis, k, turned] = _replies(inputs, (basis, k, turned), edit)
             advance(1)
-    refused, answered = inputs.judged
+    asked, others = inputs.judged
+    subjects = [*asked.subjects, *others.subjects]
+    kinds = {}
+    for kind in KINDS:
+        refused, odds = (torch.cat(each) for each in zip(*(read[s] for s in read if _kind(s) == kind), strict=True))
+        kinds[kind] = validation(kind, odds, refused, subjects * (len(odds) // len(subjects)))
+    threshold = kinds[UNSTEERED].threshold or 0.0
     return Check(
-        rows=tuple(_row(inputs, setting, *found) for setting, found in read.items()),
+        rows=tuple(_row(inputs, setting, *found, threshold) for setting, found in read.items()),
+        kinds=kinds,
+        threshold=threshold,
         tokens=inputs.config.tokens,
-        n_refused=len(refused.texts),
-        n_answered=len(answered.texts),
-        auc=_pooled([found for (basis, _, turned), found in read.items() if basis and not turned]),
-        null_auc=_pooled([found for (_, _, turned), found in read.items() if turned]),
+        n_refused=len(asked.texts),
+        n_answered=len(others.texts),
     )
 
 
-def in_closed_form(bases: Bases, into: Bases, scales: Float[Tensor, " site"]) -> Edit:
-    """The null of an ablation where its own displacements are not known, as while decoding: B_s h moved along the rotated rows.
-
-    A site's scale is the ablation's mean dose over what an unedited stream holds there: with the first sites' parts gone, later
-    ones have less to take.
-    """
-    moved = zip(bases.items(), scales.tolist(), strict=True)
-    return Everywhere({s: AblateSubspace(s, rows, into[s], scale) for (s, rows), scale in moved})
+def _kind(setting: Setting) -> str:
+    basis, _, turned = setting
+    return UNSTEERED if basis is None else ROTATED if turned else ABLATION
 
 
 def _unedited(inputs: Inputs) -> Read:
@@ -71,30 +73,9 @@ def _unedited(inputs: Inputs) -> Read:
     return confidence > REFUSES_ABOVE, found
 
 
-def _edited(inputs: Inputs, basis: Basis, bases: Bases) -> dict[Setting, Read]:
-    """Both ends of the sweep, and one rotation of each."""
-    name = inputs.lead if basis == "site" else basis
-    ks, found = ablated(inputs, "all", name, bases, lambda: inputs.bench(inputs.sites[0].layer))
-    read: dict[Setting, Read] = {}
-    for i in sorted({0, len(ks) - 1}):
-        own = {s: rows[: ks[i]] for s, rows in bases.items()}
-        scales = found["dose"][i, 0] / found["share"][i]
-
-        def null(own: Bases = own, scales: Tensor = scales) -> Edit:
-            return in_closed_form(own, inputs.turned(name, own)[0], scales)
-
-        read[basis, ks[i], False] = _replies(inputs, basis, ks[i], False, partial(_ablation, own))
-        read[basis, ks[i], True] = _replies(inputs, basis, ks[i], True, null)
-    return read
-
-
-def _ablation(bases: Bases) -> Edit:
-    return Everywhere({s: AblateSubspace(s, rows) for s, rows in bases.items()})
-
-
-def _replies(inputs: Inputs, basis: Basis, k: int, turned: bool, edit: Callable[[], Edit]) -> Read:
+def _replies(inputs: Inputs, setting: Setting, edit: Edit) -> Read:
     """Verdicts and log-odds are kept, replies are not."""
-    study, texts = inputs.study, _texts(inputs)
+    study, texts, (basis, k, turned) = inputs.study, _texts(inputs), setting
 
     def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
         replies = reply_and_judge(
@@ -103,41 +84,35 @@ def _replies(inputs: Inputs, basis: Basis, k: int, turned: bool, edit: Callable[
             texts,
             study.judge,
             max_new_tokens=inputs.config.tokens,
-            edit=edit(),
+            edit=edit,
             refusal_tokens=study.refusal_tokens,
         )
         odds = torch.tensor([group[0].log_odds for group in replies], dtype=torch.float64)
         return {}, {"refused": confidence_of(replies) > REFUSES_ABOVE, "log_odds": odds}
 
-    layer = inputs.shared_site.layer if basis == "layer" else None
-    key = inputs.key(basis, k, turned, layer) | {
+    key = {
         "judged": texts,
-        "judge": study.judge.name,
+        "judge": study.judge,
+        "edit": edit,
         "longest": inputs.config.tokens,
+        "tokens": study.refusal_tokens,
     }
-    name = f"5_judged_{basis}_{k}{'_turned' if turned else ''}"
-    found = study.stage(name, key, compute).tensors
+    found = study.stage(f"5_judged_{basis}_{k}{'_rotated' if turned else ''}", key, compute).tensors
     return found["refused"], found["log_odds"]
 
 
-def _row(inputs: Inputs, setting: Setting, refused: Tensor, odds: Tensor) -> Judged:
+def _row(inputs: Inputs, setting: Setting, refused: Tensor, odds: Tensor, threshold: float) -> Judged:
     asked, others = inputs.judged
     n, subjects = len(asked.texts), [*asked.subjects, *others.subjects]
-    opens = odds > 0
+    above = odds > threshold
     return Judged(
         *setting,
         judged=Rate.of(refused[:n].numpy(), clusters=asked.subjects),
-        by_log_odds=Rate.of(opens[:n].numpy(), clusters=asked.subjects),
+        by_log_odds=Rate.of(above[:n].numpy(), clusters=asked.subjects),
         judged_answered=Rate.of(refused[n:].numpy(), clusters=others.subjects),
         log_odds=Estimate.of(odds[:n].tolist(), clusters=asked.subjects),
-        auc=auc_estimate(odds.numpy(), refused.numpy()),
-        drift=PairedRates.of(refused.numpy(), opens.numpy(), clusters=subjects).difference,
+        drift=PairedRates.of(refused.numpy(), above.numpy(), clusters=subjects).difference,
     )
-
-
-def _pooled(read: Sequence[Read]) -> Estimate | None:
-    refused, odds = (torch.cat(each).numpy() for each in zip(*read, strict=True))
-    return auc_estimate(odds, refused)
 
 
 def _texts(inputs: Inputs) -> list[str]:

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.reader import Validation
 from rsteer_interp.statistics.intervals import Estimate, Rate
 
 if TYPE_CHECKING:
     from rsteer_interp.results import Result
 
+ABLATION, ROTATED = "ablation", "ablation, rotated"
+"""Kinds of edit whose read-out is checked, beside no edit."""
 Basis = Literal["site", "layer", "global"]
 """Which rows are ablated: each site's own, one layer's at all sites, or the leading ones of all sites together at all sites."""
 
@@ -145,10 +148,10 @@ class UnionRank:
 
 @dataclass(frozen=True)
 class Judged:
-    """Judged greedy replies under one edit, beside what log-odds above 0 say of the same prompts.
+    """Judged greedy replies under one edit, beside what log-odds above the check's threshold say of the same prompts.
 
-    `basis` None: no edit. `turned`: the edit's null, one rotation. `auc`: of log-odds for judged refusal, over all prompts, None with
-    one verdict alone. `drift`: share by log-odds minus share by the judge, over all prompts, paired.
+    `basis` None: no edit. `turned`: the edit's null, one rotation. `drift`: share by log-odds minus share by the judge, over all
+    prompts, paired.
     """
 
     basis: Basis | None
@@ -158,20 +161,20 @@ class Judged:
     by_log_odds: Rate
     judged_answered: Rate
     log_odds: Estimate
-    auc: Estimate | None
     drift: Estimate
 
 
 @dataclass(frozen=True)
 class Check:
-    """The read-out under edits of the sweep's kind; AUCs over the prompts of all edits, and of all their nulls."""
+    """The read-out under edits of the sweep's kind. `kinds`: log-odds against judged replies without an edit, under all ablations,
+    and under their rotations. `threshold` (nats) is the one fitted without an edit."""
 
     rows: tuple[Judged, ...]
+    kinds: dict[str, Validation]
+    threshold: float
     tokens: int
     n_refused: int
     n_answered: int
-    auc: Estimate | None
-    null_auc: Estimate | None
 
 
 @dataclass(frozen=True)

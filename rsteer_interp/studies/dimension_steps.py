@@ -26,12 +26,11 @@ from rsteer_interp.studies.dimension_results import (
     PushCurve,
     UnionRank,
 )
-from rsteer_interp.studies.dimension_runs import Bench, ablation_sweep, control_sweep, push_sweep, reach
+from rsteer_interp.studies.dimension_runs import Bases, ablation_sweep, control_sweep, push_sweep, reach
 from rsteer_interp.studies.dimension_sweep import Swept, sweep_curves, to_match
 from rsteer_interp.studies.log_odds_gradient import log_odds_gradients
 from rsteer_interp.studies.subspace_union import union_ranks
 from rsteer_interp.studies.subspaces import Contrast, resampled
-from rsteer_interp.studies.turned_ablation import Bases
 
 Sweep = tuple[list[int], dict[str, Tensor]]
 CONTRASTS: tuple[Contrast, ...] = ("pairs", "subjects")
@@ -59,23 +58,29 @@ def ablation(inputs: Inputs, where: str, sites: list[Site], shared: Mapping[Basi
     raw: dict[str, Sweep] = {}
     with progress(f"ablating, {where}", len(learned) + len(inputs.controls)) as advance:
         for name, bases in learned.items():
-            raw[name] = ablated(inputs, where, name, {s: bases[s] for s in sites}, bench)
+            own: Bases = {s: bases[s] for s in sites}
+            ks = reach(own, inputs.ks)
+
+            def sweep(own: Bases = own, ks: list[int] = ks) -> dict[str, Tensor]:
+                return ablation_sweep(bench(), own, ks, inputs.rotations)
+
+            raw[name] = ks, _stage(inputs, f"3_{where}_{name}", sweep, own, ks)
             advance(1)
         for name, draws in inputs.controls.items():
             here: list[Bases] = [{s: bases[s] for s in sites} for bases in draws]
             ks = min((reach(bases, inputs.ks) for bases in here), key=len)
 
-            def sweep(here: list[Bases] = here, ks: list[int] = ks) -> dict[str, Tensor]:
+            def control(here: list[Bases] = here, ks: list[int] = ks) -> dict[str, Tensor]:
                 return control_sweep(bench(), here, ks)
 
-            raw[name] = ks, _stage(inputs, f"3_{where}_{name}", sweep, [s.layer for s in sites], ks)
+            raw[name] = ks, _stage(inputs, f"3_{where}_{name}", control, here, ks)
             advance(1)
     swept = {name: _swept(inputs, *raw[name]) for name in learned}
     curves, removable = sweep_curves(swept, inputs.base, inputs.config.share, inputs.config.seed)
     curve = {
         name: AblationCurve(
             **_fields(curves[name]),
-            dose=tuple(found["dose"][:, 0].mean(1).tolist()),
+            dose=tuple(found["dose"][:, 0].tolist()),
             kl=_kl(inputs, found["outcome"][:, :1]),
             null_kl=_kl(inputs, found["outcome"][:, 1:]),
         )
@@ -95,18 +100,6 @@ def ablation(inputs: Inputs, where: str, sites: list[Site], shared: Mapping[Basi
         shared={name: curve[name] for name in shared},
         controls={name: _control(inputs, *raw[name], target, measured=True) for name in inputs.controls},
     )
-
-
-def ablated(inputs: Inputs, where: str, name: str, bases: Bases, bench: Callable[[], Bench]) -> Sweep:
-    """The K that the bases reach, and their sweep with its null (see `ablation_sweep`); the bench is made if it is not there yet."""
-    ks = reach(bases, inputs.ks)
-    # What the rows are is in the key; which layer they are of, for those of one layer, is not.
-    layers = [[s.layer for s in bases], inputs.shared_site.layer if name == "layer" else None]
-
-    def sweep() -> dict[str, Tensor]:
-        return ablation_sweep(bench(), bases, ks, inputs.turned(name, bases))
-
-    return ks, _stage(inputs, f"3_{where}_{name}", sweep, layers, ks)
 
 
 def addition(inputs: Inputs) -> Push:
@@ -137,7 +130,7 @@ def addition(inputs: Inputs) -> Push:
             def sweep(draws: list[Tensor] = draws, ks: list[int] = ks) -> dict[str, Tensor]:
                 return push_sweep(bench(), site, gradient, draws, ks, amount)
 
-            raw[name] = ks, _stage(inputs, f"4_push_{name}", sweep, site.layer, ks, config.dose, inputs.pushed)
+            raw[name] = ks, _stage(inputs, f"4_push_{name}", sweep, site, gradient, draws, ks, amount)
             advance(1)
     null = dict(zip(raw["random"][0], _removed(inputs, raw["random"][1]["outcome"]), strict=True))
     swept = {}
@@ -161,8 +154,7 @@ def addition(inputs: Inputs) -> Push:
 
 
 def _stage(inputs: Inputs, name: str, sweep: Callable[[], dict[str, Tensor]], *more: Any) -> dict[str, Tensor]:
-    key = inputs.key(*more) | {"null": "one rotation"}
-    return dict(inputs.study.stage(name, key, lambda: ({}, sweep())).tensors)
+    return dict(inputs.study.stage(name, inputs.key(*more), lambda: ({}, sweep())).tensors)
 
 
 def _swept(inputs: Inputs, ks: list[int], found: Mapping[str, Tensor]) -> Swept:
@@ -193,7 +185,7 @@ def _control(inputs: Inputs, ks: list[int], found: Mapping[str, Tensor], target:
         least=tuple(means.min(1).values.tolist()),
         most=tuple(means.max(1).values.tolist()),
         to_match_one=to_match(target, means.mean(1).tolist(), ks),
-        dose=tuple(found["dose"].mean((1, 2)).tolist()) if measured else None,
+        dose=tuple(found["dose"].mean(1).tolist()) if measured else None,
         kl=_kl(inputs, found["outcome"]) if measured else None,
     )
 

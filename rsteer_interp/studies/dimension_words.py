@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from rsteer_interp.reader import UNSTEERED
 from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.studies.dimension_results import (
+    ABLATION,
     Ablation,
     AblationCurve,
     Basis,
@@ -82,11 +84,13 @@ def _together(found: Dimensions) -> str:
 def _read_out(found: Dimensions) -> str:
     check = found.check
     own, null = ([row for row in check.rows if row.k == 1 and row.turned == turned] for turned in (False, True))
+    base, under = check.kinds[UNSTEERED], check.kinds[ABLATION]
     return (
         f"Judged replies to {check.n_refused} refused prompts still refuse, with K = 1 of these bases in that order, "
-        f"{_list([_counted(row.judged) for row in own])}; log-odds are above 0 for {_list([_counted(row.by_log_odds) for row in own])}; "
-        f"under one random rotation of each, replies refuse {_list([_counted(row.judged) for row in null])}. Log-odds tell judged refusals "
-        f"from answers with ROC area {area(check.auc)} under these ablations (all K), {area(check.rows[0].auc)} without."
+        f"{_list([_counted(row.judged) for row in own])}; log-odds above {check.threshold:.2f}, the threshold without an edit, say "
+        f"{_list([_counted(row.by_log_odds) for row in own])}; under one random rotation of each, replies refuse "
+        f"{_list([_counted(row.judged) for row in null])}. Log-odds {'tell' if under.valid else 'are not validated to tell'} judged "
+        f"refusals under these ablations ({under}; without an edit {base})."
     )
 
 
@@ -171,16 +175,16 @@ def _union(found: Dimensions) -> Table:
 def _judged(found: Dimensions) -> Table:
     check = found.check
     table = _table(
-        f"Judged greedy replies (up to {check.tokens} tokens) under edits of {WORDS[found.lead]}; ROC area of log-odds for judged refusal "
-        f"over all edits {area(check.auc)}, over their rotations {area(check.null_auc)}",
-        ("edit", "K", f"judged refusal, n = {check.n_refused}", "log-odds above 0", f"judged, answered prompts, n = {check.n_answered}",
-         "log-odds, nats", "ROC area", "log-odds minus judge, share"),
+        f"Judged greedy replies (up to {check.tokens} tokens) under edits of {WORDS[found.lead]}; log-odds against them: "
+        + "; ".join(f"{kind}, {each}" for kind, each in check.kinds.items()),
+        ("edit", "K", f"judged refusal, n = {check.n_refused}", f"log-odds above {check.threshold:.2f}",
+         f"judged, answered prompts, n = {check.n_answered}", "log-odds, nats", "log-odds minus judge, share"),
     )  # fmt: skip
     for row in check.rows:
         name = "none" if row.basis is None else basis_words(row.basis, found.shared_layer)
         table.add_row(
             f"{name}{', one rotation' if row.turned else ''}", str(row.k or ""), str(row.judged), str(row.by_log_odds),
-            str(row.judged_answered), nats(row.log_odds), area(row.auc), nats(row.drift),
+            str(row.judged_answered), nats(row.log_odds), nats(row.drift),
         )  # fmt: skip
     return table
 
@@ -203,10 +207,6 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def nats(e: Estimate) -> str:
     return f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})"
-
-
-def area(e: Estimate | None) -> str:
-    return "unknown (one verdict alone)" if e is None else nats(e)
 
 
 def band(enough: Enough, ks: Sequence[int]) -> str:

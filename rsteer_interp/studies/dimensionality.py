@@ -59,7 +59,7 @@ def _variance(inputs: Inputs) -> dict[str, Any]:
         return variance(states, groups, inputs.states[site], inputs.groups, inputs.ks, *sizes), None
 
     key = inputs.key(config.shuffles, config.splits, site.layer, inputs.ks)
-    found = study.stage("2_variance", key | {"report": [report.texts, report.confidence.tolist()]}, compute).data
+    found = study.stage("2_variance", key | {"report": report}, compute).data
     return {name: value for name, value in found.items() if name != "seconds"}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rsteer_interp.studies.reader_checks import checks_words
+
 
 def finding(data: Mapping[str, Any], n_layers: int) -> str:
     """The answer for the first two kinds, then its evidence: geometry, steering, selectivity, independence."""
@@ -40,7 +42,8 @@ def finding(data: Mapping[str, Any], n_layers: int) -> str:
                 f"({s['low']:.2f} to {s['high']:.2f}, n = {s['n']}), {_random(s['p'])}."
             )
     pairs = [p for p in data["independence"]["downstream"] if {p["ablated"], p["read"]} == {first, second}]
-    return " ".join(parts + [_independence(pair, label) for pair in pairs])
+    parts += [_independence(pair, label) for pair in pairs]
+    return " ".join([*parts, checks_words(data["read_out"])])
 
 
 def _verdict(data: Mapping[str, Any], a: str, b: str) -> str:

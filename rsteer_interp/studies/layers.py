@@ -6,6 +6,7 @@ so that models of different depth share an axis.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +18,32 @@ from torch import Tensor
 from rsteer_interp.activations import mean_norms
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Edit, Site
-from rsteer_interp.directions import ESTIMATORS, Evidence, fit_directions
+from rsteer_interp.directions import (
+    ESTIMATORS,
+    CannotFit,
+    Direction,
+    Evidence,
+    checked_methods,
+    fit_directions,
+    is_weighted,
+)
+from rsteer_interp.directions.diagnosis import diagnose
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds, log_odds_of_each
 from rsteer_interp.interventions import Displace, add
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
+from rsteer_interp.report.directions import directions_table
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.statistics.intervals import Estimate
+from rsteer_interp.statistics.rotation import rotations
 from rsteer_interp.studies.layer_curves import causal_curve, read_out, significant
 from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import NotApplicable, Study, interval
+from rsteer_interp.style import method_label
 
 if TYPE_CHECKING:
     from analyses.layer_concentration import Config
@@ -42,13 +55,10 @@ LEAST = 4  # fewest refusing report prompts for a causal curve
 QUESTION = "In which layers can refusal be read, and in which is it caused?"
 SETS = (POLITICAL, MATCHED)
 _SPLITS: tuple[Split, ...] = ("fit", "select", "report")
-_CAUSAL = ("refusing", "random", "dose", "null", "seed")  # settings on which the causal curve depends
 
 
 def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
-    unknown = next((m for m in config.methods if m not in ESTIMATORS), None)
-    if unknown is not None or not config.methods or len(set(config.methods)) < len(config.methods):
-        raise UserError(f"--methods are different names out of {', '.join(ESTIMATORS)}, at least one")
+    named = checked_methods(config.methods)
     if config.random < 4:
         raise UserError(f"--random is {config.random}; the null needs at least 4 directions per layer")
     study.check_applicable()
@@ -56,11 +66,10 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     if not LEAST <= len(report.refusing) < len(report.texts):
         raise NotApplicable(f"not applicable: {len(report.refusing)} of {len(report.texts)} report prompts are refused")
     states = {s: study.states(s, *SETS) for s in _SPLITS}
-    evidence = {site: Evidence(states["fit"][site], fit.confidence, site=site) for site in study.sites}
-    units = {
-        method: {site: d.unit for site, d in fit_directions(ESTIMATORS[method](), evidence).items()}
-        for method in config.methods
-    }
+    evidence = _evidence(fit, states["fit"])
+    fitted, left_out = _fitted(study, named, evidence, states["fit"])
+    methods = list(fitted)
+    units = {method: {site: d.unit for site, (_, d) in of.items()} for method, of in fitted.items()}
     readouts = {
         method: read_out(
             _project(of_method, states["select"]),
@@ -72,16 +81,62 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         )
         for method, of_method in units.items()
     }
-    causal = _causal(study, config, units[config.methods[0]], fit, report, evidence)
+    causal = _causal(study, config, units[methods[0]], report, evidence)
+    directions = {m: _diagnosis(study, m, fitted[m], readouts[m]) for m in methods}
     data = {
         "base_rates": study.rates("report", *SETS),
         "n_fit": fit_counts(fit),
         "refusal_tokens": [study.backend.tokenizer.decode([t]) for t in study.refusal_tokens],
-        "methods": list(config.methods),
+        "methods": methods,
+        "left_out": left_out,
+        "directions": directions,
         "readouts": readouts,
         "causal": causal,
     }
     return {**data, "finding": finding(data, study.n_layers)}, None
+
+
+Fitted = dict[Site, tuple[Evidence, Direction]]
+
+
+def _evidence(fit: Scored, states: States) -> dict[Site, Evidence]:
+    return {site: Evidence(x, fit.confidence, site=site, subjects=fit.groups) for site, x in states.items()}
+
+
+def _fitted(
+    study: Study, methods: Sequence[str], evidence: dict[Site, Evidence], states: States
+) -> tuple[dict[str, Fitted], dict[str, str]]:
+    """Each method's directions with what they were fitted on: graded confidence for those that weigh by it, the greedy replies'
+    verdicts for the others; and why some methods cannot be fitted. UserError when none can."""
+    out: dict[str, Fitted] = {}
+    left_out = {}
+    for method in methods:
+        estimator = ESTIMATORS[method]()
+        seen = _evidence(study.graded("fit", *SETS), states) if is_weighted(estimator) else evidence
+        try:
+            out[method] = {site: (seen[site], d) for site, d in fit_directions(estimator, seen).items()}
+        except CannotFit as reason:
+            left_out[method] = str(reason)
+    if not out:
+        raise UserError(next(iter(left_out.values())))
+    return out, left_out
+
+
+def _diagnosis(study: Study, method: str, fitted: Fitted, readout: Mapping[str, Any]) -> dict[str, Any]:
+    """Beside the method's direction at its read-out's layer: how repeatable it is, and what it reads inside subjects."""
+    layer = readout["chosen_on_select"]["layer"]
+    evidence, direction = fitted[Site(layer)]
+    estimator, seed = ESTIMATORS[method](), study.config.seed
+
+    def compute() -> tuple[dict[str, Any], None]:
+        return asdict(diagnose(estimator, evidence, direction, seed=seed)), None
+
+    key = {"estimator": estimator, "direction": direction, "seed": seed}
+    key |= {"scores": evidence.scores, "subjects": evidence.subjects}
+    found = study.stage(f"2_directions_{method}", key, compute).data
+    r = readout["within_subject_r"][readout["layers"].index(layer)]
+    inside = {"r": r, "p_max": readout["within_subject_p_max"], "n": readout["within_subject_n"]}
+    return {**found, "layer": layer, "within_subject": inside}
 
 
 def fit_counts(fit: Scored) -> dict[str, int]:
@@ -97,7 +152,6 @@ def _causal(
     study: Study,
     config: Config,
     units: dict[Site, Tensor],
-    fit: Scored,
     report: Scored,
     evidence: dict[Site, Evidence],
 ) -> dict[str, Any]:
@@ -105,29 +159,24 @@ def _causal(
     refusing = report.refusing[: config.refusing]
     texts, subjects = ([each[i] for i in refusing] for each in (report.texts, report.subjects))
     rows, sites = study.template.encode_all(texts), [s for s in units if s.layer < backend.n_layers]
-    key = {name: getattr(config, name) for name in _CAUSAL} | {
-        "method": config.methods[0],
-        "prompts": texts,
-        "fit": fit.confidence.tolist(),
-        "tokens": tokens,
-    }
+    key = {"prompts": texts, "sites": sites, "tokens": tokens}
 
     def base() -> tuple[dict[str, Any], None]:
         norms = mean_norms(backend, rows, sites)
         return {"norms": [norms[s] for s in sites], "log_odds": log_odds(backend, rows, tokens).tolist()}, None
 
     start = study.stage("3_base", key, base).data
-    effects = []
+    effects, draws = [], null_directions(config, {s: units[s] for s in sites}, evidence)
     with progress("one block input at a time", len(sites)) as advance:
         for site, norm in zip(sites, start["norms"], strict=True):
-            like = evidence[site].complying if config.null == "covariance" else None
-            random = random_unit_vectors(config.random, backend.d_model, config.seed + site.layer, like).float()
+            random = draws[site]
 
             def compute(site: Site = site, norm: float = norm, random: Tensor = random) -> tuple[dict[str, Any], Any]:
                 odds = single_site(backend, rows, tokens, site, units[site], random, config.dose * norm)
                 return {}, {"log_odds": odds}
 
-            found = study.stage(f"3_layer_{site.layer:02d}", {**key, "tokens": tokens}, compute)
+            edits = {"direction": units[site], "random": random, "amount": config.dose * norm}
+            found = study.stage(f"3_layer_{site.layer:02d}", {**key, **edits}, compute)
             effects.append(torch.tensor(start["log_odds"], dtype=torch.float64) - found.tensors["log_odds"].double())
             advance(1)
     x = torch.stack(effects, -1)  # edit, direction (ours, random ...), prompt, layer
@@ -137,7 +186,7 @@ def _causal(
         "ablation at one layer": [Displace(site, units[site], units[site]) for site in judged],
         "addition at one layer": [add({s: units[s]}, {s: -config.dose * norm}) for s, norm in judged.items()],
     }
-    vectors = {"layers": [site.layer for site in judged], "vectors": [units[site].tolist() for site in judged]}
+    vectors = {"vectors": {site: units[site] for site in judged}}
     return {
         "read_out": judged_subsample(study, "3_judged", {**key, **vectors}, kinds, texts, subjects),
         "layers": layers,
@@ -151,6 +200,18 @@ def _causal(
             for i, edit in enumerate(EDITS)
         },
     }
+
+
+def null_directions(
+    config: Config, units: Mapping[Site, Float[Tensor, " d"]], evidence: Mapping[Site, Evidence]
+) -> dict[Site, Float[Tensor, "draw d"]]:
+    """Random unit vectors by layer. Draw i is one null of the whole curve: all layers' directions under one rotation, or one
+    combination of the answered prompts' states."""
+    if config.null == "covariance":
+        n, d = config.random, len(next(iter(units.values())))
+        return {s: random_unit_vectors(n, d, config.seed, evidence[s].complying).float() for s in units}
+    turned = rotations(units, config.random, config.seed)
+    return {s: torch.stack([each[s] for each in turned]).float() for s in units}
 
 
 def single_site(
@@ -175,11 +236,12 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
         r = chosen["r"]
         null = "not distinguishable from random, " if read["p_max"] > 0.05 else ""
         parts.append(
-            f"Read-out of {method.upper()} at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} "
+            f"Read-out of {method_label(method)} at layer {chosen['layer']} of {n_layers} (chosen on select): r = {r['value']:.2f} "
             f"({r['low']:.2f} to {r['high']:.2f}, n = {r['n']}), {null}p of the maximum {read['p_max']:.2g}; "
-            f"inside subjects, where topic cannot help, p = {read['within_subject_p_max']:.2g} (n = {read['within_subject_n']})."
+            f"inside subjects, where topic cannot help, p = {read['within_subject_p_max']:.2g} (n = {read['within_subject_n']}). "
+            f"{_halves(data['directions'][method])}"
         )
-    first = data["methods"][0].upper()
+    first = method_label(data["methods"][0])
     for edit, words in (("ablate", f"Ablating {first}"), ("add", f"Adding -{causal['dose']:g} |resid| of {first}")):
         curve = causal[edit]
         hits = significant(curve, causal["layers"])
@@ -200,6 +262,16 @@ def finding(data: dict[str, Any], n_layers: int) -> str:
     return " ".join([*parts, checks_words(causal["read_out"])])
 
 
+def _halves(row: Mapping[str, Any]) -> str:
+    own, topic = row["split_half"], row["split_half_topic"]
+    if own is None or topic is None:
+        return "Halves of the subjects are too few to fit it twice."
+    return (
+        f"Fits to halves of the subjects agree at cosine {interval(own)}, with verdicts permuted inside subjects, by topic alone, at "
+        f"{interval(topic)}."
+    )
+
+
 def tables(data: dict[str, Any]) -> list[Table]:
     """Concentration of every curve; and whether log-odds under such edits mean refusal."""
     causal, readouts = data["causal"], data["readouts"]
@@ -215,4 +287,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
         names = ("effective_layers", "gini", "peak", "centre")
         cells = [interval(found[k]) for k in names] if found else ["no positive effect", "", "", ""]
         table.add_row(name, str(n), cells[0], under, *cells[1:])
-    return [table, checks_table(causal["read_out"])]
+    trust = directions_table(
+        data, "How far the directions can be trusted (fit split, each at its layer chosen on select)"
+    )
+    return [table, trust, checks_table(causal["read_out"])]

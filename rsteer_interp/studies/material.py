@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor
 
 from rsteer_interp.methods import Examples, Material
 from rsteer_interp.prompts import Split
@@ -35,5 +39,10 @@ def examples(study: Study, split: Split, sets: Sequence[str]) -> dict[str, Examp
     found = {}
     for name in sets:
         scored = study.scored(split, name)
-        found[name] = Examples(scored.texts, scored.confidence, study.states(split, name), scored.subjects)
+        grade = partial(_graded, study, split, name)
+        found[name] = Examples(scored.texts, scored.confidence, study.states(split, name), scored.subjects, grade)
     return found
+
+
+def _graded(study: Study, split: Split, name: str) -> Float[Tensor, " prompt"]:
+    return study.graded(split, name).confidence

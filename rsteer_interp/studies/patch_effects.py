@@ -14,17 +14,19 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
-from rsteer_interp.backends.edits import Point, Site
+from rsteer_interp.activations import last_states
+from rsteer_interp.backends.edits import Edit, Point, Site
 from rsteer_interp.batch import Tokens
 from rsteer_interp.errors import UserError
 from rsteer_interp.evaluation import log_odds
-from rsteer_interp.patching import Cell, all_states, patched_log_odds
+from rsteer_interp.patching import Cell, PatchLast, all_states, patched_log_odds
 from rsteer_interp.progress import progress
 from rsteer_interp.refusal_scores import NEUTRAL_BAND
 from rsteer_interp.reproduction.presets import MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.patch_map import Pair, control, hand_over, held_out_best, make_pairs, patch_map
+from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 KIND = "patch_effects"
 QUESTION = "Where does the difference between a refused and an answered prompt sit, and which blocks write it there?"
 LEAST = 4  # fewest pairs
+JUDGED_LAYERS = 4  # layers, at most, at which replies under patches of the last token are judged
 _POINTS: tuple[Point, ...] = ("resid_pre", "attn_out", "mlp_out")
 INTO = ("refused", "answered")  # the class of the prompt that is patched
 
@@ -56,7 +59,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
                 return {}, patch_pair(study, rows, pair, sites, tokens)
 
             texts = [report.texts[i] for i in asdict(pair).values()]
-            key = {"prompts": texts, "sites": [str(site) for site in sites], "tokens": tokens}
+            key = {"prompts": texts, "sites": sites, "tokens": tokens}
             found.append(study.stage(f"3_pair_{number:02d}", key, compute).tensors)
             advance(1)
     base = torch.stack([t["base"] for t in found]).double()  # pair, (refused, answered)
@@ -79,6 +82,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         )
         into["hand_over"] = hand_over(early, late, gaps[i], layers, config.seed, subjects=subjects)
     data = {
+        "read_out": _judged(study, report, rows, pairs, layers),
         "base_rates": study.rates("report", POLITICAL, MATCHED),
         "refusal_tokens": [study.backend.tokenizer.decode([t]) for t in tokens],
         "layers": layers,
@@ -132,6 +136,24 @@ def patch_pair(
     }
 
 
+def _judged(
+    study: Study, report: Scored, rows: list[Tokens], pairs: list[Pair], layers: list[int]
+) -> dict[str, dict[str, Any]]:
+    """Log-odds against judged replies where the other prompt's state is put in at the last token, at some layers."""
+    sites = [Site(layer) for layer in layers[:: -(-len(layers) // JUDGED_LAYERS)]]
+    found: dict[str, dict[str, Any]] = {}
+    for into, other in zip(INTO, reversed(INTO), strict=True):
+        recipients, donors = ([getattr(pair, name) for pair in pairs] for name in (into, other))
+        asked = [i for _ in sites for i in recipients]
+        key = {"sites": list(map(str, sites)), "donors": [report.texts[i] for i in donors]}
+        states = last_states(study.backend, [rows[i] for i in donors], sites)
+        patches: list[Edit | None] = [PatchLast(site, v) for site in sites for v in states[site]]
+        kinds = {f"patches into {into} prompts": patches}
+        texts, subjects = ([each[i] for i in asked] for each in (report.texts, report.subjects))
+        found |= judged_subsample(study, f"3_judged_{into}", key, kinds, texts, subjects, paired=True)
+    return found
+
+
 def _best_writes(
     change: Float[Tensor, "pair cell"],
     gap: Float[Tensor, " pair"],
@@ -183,7 +205,7 @@ def finding(data: dict[str, Any]) -> str:
         parts.append(
             f"{words}. {len(hits)} of {len(found['q'])} places carry more than donors of the same class (q <= 0.05)."
         )
-    return " ".join(parts)
+    return " ".join([*parts, checks_words(data["read_out"])])
 
 
 def tables(data: dict[str, Any]) -> list[Table]:
@@ -203,4 +225,4 @@ def tables(data: dict[str, Any]) -> list[Table]:
                 *(f"{found['share']['value'][i]:.2f}{'*' if i in found['beyond_null'] else ''}" for i in here),
             )
         out.append(table)
-    return out
+    return [*out, checks_table(data["read_out"])]

@@ -59,14 +59,15 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     layers = audited_layers(study.n_layers)
     learned = _learned(study, config)
     threshold = _threshold(study, config)
+    talks = load_prompts("conversations").sample(config.conversations, config.seed)
     key = {
         "prompts": audited.texts,
         "tokens": study.refusal_tokens,
         "threshold": threshold,
-        **{name: getattr(config, name) for name in ("prompts", "vectors", "dose", "bound", "conversations", "seed")},
+        "conversations": talks,
+        **{name: getattr(config, name) for name in ("vectors", "dose", "bound", "seed")},
     }
     rows = study.template.encode_all(audited.texts)
-    talks = load_prompts("conversations").sample(config.conversations, config.seed)
     answers = [study.template.encode(talk.prompt, talk.answer) for talk in talks]
 
     def one_layer(layer: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -89,7 +90,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     audits, vectors = [], torch.empty(0)
     with progress("one layer at a time", len(layers)) as advance:
         for layer in layers:
-            used = {name: v[Site(layer)].tolist() for name, v in learned.items()}
+            used = {name: v[Site(layer)] for name, v in learned.items()}
             stored = study.stage(f"2_layer_{layer}", {**key, "learned": used}, partial(one_layer, layer))
             audits.append(_audit(layer, stored.data, stored.tensors))
             vectors = stored.tensors["vectors"]
@@ -104,7 +105,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         "falls": [one.falls.tolist() for one in audits],
         "learned": list(learned),
         "chosen": chosen,
-        "aggregation": _aggregation(study, config, audit, chosen["layer"], held_out, key),
+        "aggregation": _aggregation(study, config, audit, chosen["layer"], held_out),
         "read_out": judged,
         "n_subjects": len(set(audited.subjects)),
         "base_rates": study.rates("report", config.audited),
@@ -211,7 +212,7 @@ def _audit(layer: int, data: dict[str, Any], tensors: Any) -> LayerAudit:
 
 
 def _aggregation(
-    study: Study, config: Config, audit: RandomAudit, layer: int, held_out: BaseReplies, key: dict[str, Any]
+    study: Study, config: Config, audit: RandomAudit, layer: int, held_out: BaseReplies
 ) -> dict[str, Any] | None:
     """The aggregated direction at the chosen layer, on prompts of other subjects; None where no prompt is flipped by two."""
 
@@ -231,9 +232,14 @@ def _aggregation(
             }
         }, None
 
-    flips = [one.flipped(audit.threshold).int().tolist() for one in audit.layers]
-    whole = {**key, "layer": layer, "flips": flips, "held_out": held_out.texts}
-    together: dict[str, Any] | None = study.stage("3_aggregation", whole, compute).data["found"]
+    key = {
+        "audit": audit,
+        "layer": layer,
+        "held_out": held_out.texts,
+        "tokens": study.refusal_tokens,
+        "seed": config.seed,
+    }
+    together: dict[str, Any] | None = study.stage("3_aggregation", key, compute).data["found"]
     if together is None:
         return None
     fall = Estimate.of(together["falls"], clusters=held_out.subjects, seed=config.seed)

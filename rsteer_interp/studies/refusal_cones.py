@@ -14,14 +14,16 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
-from rsteer_interp.methods.cones import Effects, Move, bypass_effects, fit_cones, sample_test
+from rsteer_interp.backends.edits import Edit
+from rsteer_interp.methods.cones import Effects, bypass_effects, fit_cones, sample_test
 from rsteer_interp.methods.independence import dependence, independent_direction
-from rsteer_interp.methods.rdo import RDO, RefusalLoss
+from rsteer_interp.methods.rdo import RDO, RefusalLoss, ablation
 from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.statistics.draws import Beside
 from rsteer_interp.statistics.intervals import Estimate
 from rsteer_interp.studies.material import material_of
+from rsteer_interp.studies.reader_checks import checks_table, checks_words, judged_subsample
 from rsteer_interp.studies.study import NotApplicable, Study, interval
 
 if TYPE_CHECKING:
@@ -57,11 +59,17 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
     every = {name: v for name, v in found.items() if name != "cone"}
     cone = found["cone"]
     every |= {f"cone {i + 1}": v for i, v in enumerate(cone)}
-    key = {"prompts": texts, "tokens": study.refusal_tokens, "directions": found, "seed": config.seed}
+    subjects = _subjects(study, texts)
+    key = {
+        "prompts": texts,
+        "subjects": subjects,
+        "tokens": study.refusal_tokens,
+        "directions": found,
+        "seed": config.seed,
+    }
 
     def effects() -> tuple[dict[str, Any], dict[str, Tensor]]:
         with progress("ablating trained directions", len(every) + 1) as advance:
-            subjects = _subjects(study, texts)
             rows = [_ablated(study, config, name, v, texts, subjects, advance) for name, v in every.items()]
             test = sample_test(cone, _effects(study, texts[config.remove]), config.drawn, config.seed)
             advance(1)
@@ -82,7 +90,12 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
         return {"pairs": out}, {}
 
     related = study.stage("3_independence", {**key, "pairs": pairs, "random": config.random}, independence).data
+    subjects = _subjects(study, texts)
+    prompts, of = ([x for name in texts for x in part[name]] for part in (texts, subjects))
+    ablations: list[Edit | None] = [ablation(study.backend, v.float()) for v in every.values()]
+    judged = judged_subsample(study, "4_judged", key, {"ablation everywhere": ablations}, prompts, of)
     data = {
+        "read_out": judged,
         "directions": measured["directions"],
         "cone": {**measured["cone"], "dimension": len(cone)},
         "pairs": related["pairs"],
@@ -115,11 +128,8 @@ def _directions(study: Study, config: Config) -> dict[str, Tensor]:
             "cone": trained[-1].value.float(),
         }
 
-    prompts = {
-        s: {name: x.texts for name, x in part.items()}
-        for s, part in (("fit", material.fit), ("select", material.select))
-    }
-    key = {"sets": sets, "prompts": prompts, "method": repr(method), "dimension": config.dimension, "seed": config.seed}
+    prompts = [[(name, x.texts, x.confidence) for name, x in part.items()] for part in (material.fit, material.select)]
+    key = {"sets": sets, "prompts": prompts, "method": method, "dimension": config.dimension, "seed": config.seed}
     return dict(study.stage("1_directions", {**key, "tokens": study.refusal_tokens}, compute).tensors)
 
 
@@ -147,9 +157,8 @@ def _ablated(
     advance: Any,
 ) -> Ablated:
     random = random_unit_vectors(config.random, len(v), config.seed + 1).float()
-    moves: list[Move] = [(v, None), *((v, u) for u in random)]
-    own, *null = _effects(study, texts[config.remove])(moves)
-    (kept,) = _effects(study, texts[config.keep])(moves[:1])
+    own, *null = _effects(study, texts[config.remove])(v, random)
+    (kept,) = _effects(study, texts[config.keep])(v, random[:0])
     beside = Beside.of(float(own.mean()), [float(x.mean()) for x in null])
     advance(1)
     return Ablated(
@@ -192,7 +201,7 @@ def finding(data: Mapping[str, Any]) -> str:
         f"{cone['dimension']} dimensions take {mean:.2f} on average ({min(cone['cone']):.2f} to {max(cone['cone']):.2f}), random edits of "
         f"their size {min(cone['random']):.2f} to {max(cone['random']):.2f} (Mann-Whitney p = {cone['p']:.2g}). A direction trained to be "
         f"independent of the first takes {interval(other['removed'])}; their cosine is {pair['cosine']:.2f}, their RepInd {pair['value']:.2g} "
-        f"(random directions {min(pair['null']):.2g} to {max(pair['null']):.2g}, p = {pair['p']:.2g})."
+        f"(random directions {min(pair['null']):.2g} to {max(pair['null']):.2g}, p = {pair['p']:.2g}). {checks_words(data['read_out'])}"
     )
 
 
@@ -216,4 +225,4 @@ def tables(data: dict[str, Any]) -> list[Table]:
             f"{data['label'][row['first']]} / {data['label'][row['second']]}", f"{row['cosine']:.2f}", f"{row['value']:.2g}",
             f"{min(row['null']):.2g} to {max(row['null']):.2g}", f"{row['p']:.2g}",
         )  # fmt: skip
-    return [effects, pairs]
+    return [effects, pairs, checks_table(data["read_out"])]

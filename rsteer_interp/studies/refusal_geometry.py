@@ -24,6 +24,7 @@ from rsteer_interp.reproduction.vectors import States
 from rsteer_interp.studies.direction_atlas import Groups, atlas, coefficients, subspace_cosines
 from rsteer_interp.studies.geometry_words import finding
 from rsteer_interp.studies.independence import shifts, summary
+from rsteer_interp.studies.reader_checks import checks_table
 from rsteer_interp.studies.refusal_kinds import SETS, Kind, counts, members, weights, with_a_direction
 from rsteer_interp.studies.refusal_steering import LEAST, Prompts, Transfer, random_directions, windows
 from rsteer_interp.studies.study import NotApplicable, Study, interval
@@ -62,17 +63,18 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
     site = study.sites[chosen]
     answered = members(kinds, scored["fit"])[1].any(0)
     seen = {s: x[answered] for s, x in states["fit"].items()}
-    random = random_directions(seen, config.random, config.seed)
-    key = {"fit": scored["fit"].texts, "confidence": scored["fit"].confidence.tolist(), "seed": config.seed,
-           "random": config.random}  # fmt: skip
-    prompts = {s: Prompts.refused(scored[s], columns, config.refusing) for s in ("select", "report")}
-    key |= {"select": prompts["select"].texts, "report": prompts["report"].texts, "tokens": study.refusal_tokens}
     rows = [k for k in kinds if k in columns or k.name in ("political_inside", "safety_inside")]
+    turns = max(2, -(-config.random // len(rows)))
+    random = random_directions(seen, max(config.random, turns * len(rows)), config.seed)
+    prompts = {s: Prompts.refused(scored[s], columns, config.refusing) for s in ("select", "report")}
     order = {k.name: i for i, k in enumerate(kinds)}
+    own = {k.name: {s: units[s][order[k.name]].float() for s in study.sites} for k in rows}
+    key = {**prompts, "directions": own, "random": random, "tokens": study.refusal_tokens}
     transfer = Transfer(
         study,
-        {k.name: {s: units[s][order[k.name]].float() for s in study.sites} for k in rows},
+        own,
         random,
+        turns,
         prompts["select"],
         prompts["report"],
         config.dose,
@@ -99,6 +101,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], dict[str, Ten
         "n": {c: prompts["report"].columns.count(c) for c in [k.name for k in columns]},
         "transfer": transfer.equal_dose(),
         "matched": transfer.matched(),
+        "read_out": transfer.judged(),
         "independence": _independence(study, config, _independent(columns), main, units, vectors, random, transfer),
     }
     return {**data, "finding": finding(data, study.n_layers)}, {
@@ -140,12 +143,7 @@ def _atlas(study: Study, config: Config, kinds: tuple[Kind, ...], fit: Scored, s
                 advance(1)
         return {"layers": found}, None
 
-    key = {
-        "prompts": fit.texts,
-        "confidence": fit.confidence.tolist(),
-        "kinds": [k.name for k in kinds],
-        "seed": config.seed,
-    }
+    key = {"fit": fit, "kinds": kinds, "seed": config.seed}
     layers: list[dict[str, Any]] = study.stage("1_atlas", key, compute).data["layers"]
     return layers
 
@@ -221,12 +219,12 @@ def _independence(
     rows = study.template.encode_all(probed.texts)
 
     def ablated(source: Site) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {}, shifts(study.backend, rows, source, some, gaps, random[source])
+        return {}, shifts(study.backend, rows, source, some, gaps, random[source][: config.random])
 
     found = []
     with progress("ablating, and reading later layers", len(sources)) as advance:
         for layer in sources:
-            key = {**transfer.key, "names": names, "prompts": probed.texts}
+            key = {**transfer.key, "names": names, "prompts": probed.texts, "units": some, "gaps": gaps}
             found.append(study.stage(f"5_source_{layer:02d}", key, partial(ablated, Site(layer))).tensors)
             advance(1)
     later = [list(range(layer + 1, study.n_layers + 1)) for layer in sources]
@@ -262,7 +260,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
         read.add_column(k["label"])
     for k, line in zip(kinds, data["readout"], strict=True):
         read.add_row(k["label"], *(interval(c) if c else "-" for c in line))
-    return [cosines, read, *(_transfer(data, label, *which) for which in _SHOWN)]
+    return [cosines, read, *(_transfer(data, label, *which) for which in _SHOWN), checks_table(data["read_out"])]
 
 
 _SHOWN = (

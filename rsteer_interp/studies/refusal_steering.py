@@ -1,8 +1,8 @@
 """The runs of the transfer matrix: where and how much to steer (select split), what each kind's direction removes (report split).
 
-A row is a kind whose direction is used, a column a main kind whose refused prompts are measured. Random directions are
-combinations of answered prompts' states, the same combination at every layer: like real directions they lie where the
-states vary and agree between neighbouring layers.
+A row is a kind whose directions are used, a column a main kind whose refused prompts are measured. The null of a row is its own
+edit, turned towards random directions: combinations of answered prompts' states, the same at every layer, which lie where the
+states vary. Its lengths and the angles between its layers are kept, and so its dose at each layer and in the sum.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from torch import Tensor
 from rsteer_interp.activations import mean_norms
 from rsteer_interp.backends.batching import Prepared
 from rsteer_interp.backends.edits import Edit, Site
-from rsteer_interp.evaluation import log_odds
-from rsteer_interp.interventions import Displace, Everywhere, ablate, add
+from rsteer_interp.equal_norm import turned_edits
+from rsteer_interp.evaluation import log_odds, log_odds_of_each
+from rsteer_interp.interventions import ablate, add
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Split
 from rsteer_interp.reproduction.scores import Scored
-from rsteer_interp.studies.doses import Dosed, RecordShares, mean_doses
+from rsteer_interp.statistics.rotation import nearest_turn
+from rsteer_interp.studies.doses import Dosed, mean_doses
+from rsteer_interp.studies.reader_checks import judged_subsample
 from rsteer_interp.studies.refusal_kinds import Kind
 from rsteer_interp.studies.study import Study
 from rsteer_interp.studies.transfer import cells, dissociation, dose_for
 
 GRID = (0.5, 1.0, 2.0, 4.0)  # doses tried for a matched removal, as multiples of the dose
-DISPLACED = 2  # random displacements beside the ablation of each row; their effects are pooled over rows
 LEAST = 4  # fewest refused prompts of a column
 
 
@@ -84,11 +86,15 @@ def random_directions(
 
 @dataclass(eq=False)
 class Transfer:
-    """Everything that the runs share; `units[name]` are a kind's unit directions, `key` what they were fitted on."""
+    """Everything that the runs share; `units[name]` are a kind's unit directions, `key` what every step depends on.
+
+    `random` holds `turns` random directions for each kind, kind after kind.
+    """
 
     study: Study
     units: dict[str, dict[Site, Float[Tensor, " d"]]]
     random: dict[Site, Float[Tensor, "draw d"]]
+    turns: int
     select: Prompts
     report: Prompts
     dose: float
@@ -121,18 +127,18 @@ class Transfer:
             {Site(n): units[Site(n)] for n in layers}, {Site(n): -dose * norms[str(n)] for n in layers}
         )  # fmt: skip
 
-    def _removed(self, split: Split, names: Sequence[str] | None, start: int) -> Callable[[Edit], Tensor]:
-        """A function of an edit at or after `start`: refusal log-odds removed on the columns' prompts (None: on all)."""
+    def _removed(self, split: Split, names: Sequence[str] | None, start: int) -> Callable[[Sequence[Edit]], Tensor]:
+        """A function of edits at or after `start`: refusal log-odds removed on the columns' prompts (None: on all)."""
         prompts = self._prompts[split]
         kept = [i for i, c in enumerate(prompts.columns) if names is None or c in names]
         base = torch.tensor([self.scale["base"][split][i] for i in kept], dtype=torch.float64)
         tokens, prepared = self.study.refusal_tokens, list[Prepared]()
 
-        def run(edit: Edit) -> Tensor:
+        def run(edits: Sequence[Edit]) -> Float[Tensor, "edit prompt"]:
             if not prepared:  # made when the first run is not on disk
                 rows = self._rows(prompts if names is None else prompts.only(names))
                 prepared.append(self.study.backend.prepare(rows, start))
-            return base - log_odds(self.study.backend, prepared[0], tokens, edit)
+            return base - log_odds_of_each(self.study.backend, prepared[0], tokens, edits)
 
         return run
 
@@ -145,7 +151,7 @@ class Transfer:
             found = []
             for layers in options:
                 own = [
-                    self._removed("select", [name], layers[0])(self.push(layers, self.units[name], self.dose)).mean()
+                    self._removed("select", [name], layers[0])([self.push(layers, self.units[name], self.dose)]).mean()
                     for name in names
                 ]
                 found.append(torch.stack(own).tolist())
@@ -158,68 +164,75 @@ class Transfer:
         return {"layers": options[best], "options": options, "removed": removed, "columns": names}
 
     @cached_property
-    def noise(self) -> Float[Tensor, "draw prompt"]:
-        """Removed on all report prompts by each random direction, added as the kinds' own are."""
+    def summed(self) -> dict[str, float]:
+        """|sum over the window of mean |resid| times the unit direction|, by row: what a dose of 1 adds in the sum."""
+        norms, layers = self.scale["norms"], self.window["layers"]
+        sums = {name: sum(norms[str(n)] * v[Site(n)].double() for n in layers) for name, v in self.units.items()}
+        return {name: float(torch.as_tensor(x).norm()) for name, x in sums.items()}
+
+    @cached_property
+    def rows(self) -> dict[str, tuple[Float[Tensor, "way edit prompt"], list[float]]]:
+        """Removed on all report prompts by row: adding (way 0) and ablating (1), by the row itself (edit 0) and its nulls; and both
+        ways' sizes, the same for all edits of a row: in the sum for adding, and mean |edit| / |resid| for ablating."""
         layers = self.window["layers"]
-        sites = [Site(n) for n in layers]
+        sites, backend = [Site(n) for n in layers], self.study.backend
+        key = {**self.key, "layers": layers, "dose": self.dose, "turns": self.turns}
         run = self._removed("report", None, layers[0])
 
-        def compute() -> tuple[dict[str, Any], dict[str, Tensor]]:
-            n_random = len(self.random[sites[0]])
-            draws = [{s: self.random[s][i] for s in sites} for i in range(n_random)]
-            with progress("random directions", n_random) as advance:
-                found = []
-                for u in draws:
-                    found.append(run(self.push(layers, u, self.dose)))
-                    advance(1)
-            return {}, {"removed": torch.stack(found)}
+        def row(name: str, first: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            v = torch.stack([self.units[name][s] for s in sites])
+            targets = [torch.stack([self.random[s][i] for s in sites]) for i in range(first, first + self.turns)]
+            turned = [v.double() @ basis.T @ images for basis, images in (nearest_turn(v, u) for u in targets)]
+            families = [dict(zip(sites, each.float(), strict=True)) for each in (v, *turned)]
+            ablation = Dosed(ablate(families[0]))
+            nulls = turned_edits(ablation.edit, backend.run, v, targets)
+            removed = run([*(self.push(layers, each, self.dose) for each in families), ablation, *nulls])
+            size = float(torch.stack([t[0] for t in mean_doses(ablation.totals).values()]).mean())
+            return {"ablation": size}, {"removed": removed.view(2, len(families), -1)}
 
-        key = {**self.key, "layers": layers, "dose": self.dose}
-        return self.study.stage("3_random", key, compute).tensors["removed"].double()
+        found = {}
+        with progress("steering with every kind's direction", len(self.units)) as advance:
+            for index, name in enumerate(self.units):
+                whole = {**key, "row": name, "first": index * self.turns}
+                kept = self.study.stage(f"3_row_{name}", whole, partial(row, name, index * self.turns))
+                sizes = [self.dose * self.summed[name], kept.data["ablation"]]
+                found[name] = kept.tensors["removed"].double(), sizes
+                advance(1)
+        return found
+
+    def _null(self, way: int) -> tuple[Float[Tensor, "draw prompt"], list[float]]:
+        """Removed by the nulls of all rows, which are few of each, and their sizes."""
+        removed = [x[way, 1:] for x, _ in self.rows.values()]
+        return torch.cat(removed), [size[way] for _, size in self.rows.values() for _ in range(self.turns)]
 
     def equal_dose(self) -> dict[str, Any]:
         """Every row by addition at one dose and by ablation, on all report prompts, as cells against random directions."""
-        layers, n_random = self.window["layers"], len(self.noise)
-        sites = [Site(n) for n in layers]
-        key = {**self.key, "layers": layers, "dose": self.dose, "draws": DISPLACED}
-        run = self._removed("report", None, layers[0])
-
-        def row(name: str, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-            v = self.units[name]
-            removed, ours = [run(self.push(layers, v, self.dose))], Dosed(ablate({s: v[s] for s in sites}))
-            removed.append(run(ours))
-            there = RecordShares({s: v[s][None] for s in sites})
-            run(there)
-            # What the first ablation took is not there for the next ones, but a displacement leaves it: hence the factor.
-            small = {s: mean_doses(ours.totals)[s] / mean_doses(there.totals)[s] for s in sites}
-            sizes = [_size(ours)]
-            for i in range(DISPLACED):
-                u = {s: self.random[s][(index * DISPLACED + i) % n_random] * small[s].float() for s in sites}
-                null = Dosed(Everywhere({s: Displace(s, v[s], u[s]) for s in sites}))
-                removed.append(run(null))
-                sizes.append(_size(null))
-            return {"sizes": sizes}, {"removed": torch.stack(removed)}
-
-        rows = []
-        with progress("steering with every kind's direction", len(self.units)) as advance:
-            for index, name in enumerate(self.units):
-                compute = partial(row, name, index)
-                rows.append(self.study.stage(f"3_row_{name}", {**key, "row": name, "index": index}, compute))
-                advance(1)
-        x = torch.stack([r.tensors["removed"].double() for r in rows])  # row, edit (add, ablate, displace ...), prompt
-        sizes = [r.data["sizes"] for r in rows]
-        columns = self.report.columns
-        of = columns, self.report.subjects
+        columns, of = self.report.columns, (self.report.columns, self.report.subjects)
         base = torch.tensor(self.scale["base"]["report"])
-        displaced = x[:, 2:].flatten(0, 1), [size for line in sizes for size in line[1:]]
+        (added, pushes), (ablated, sizes) = (
+            (torch.stack([x[way, 0] for x, _ in self.rows.values()]), [size[way] for _, size in self.rows.values()])
+            for way in (0, 1)
+        )
         return {
             "rows": list(self.units),
             "base": {c: float(base[[c == d for d in columns]].mean()) for c in dict.fromkeys(columns)},
-            "add": cells(x[:, 0], [self.dose] * len(rows), self.noise, [self.dose] * n_random, *of),
-            "ablate": cells(x[:, 1], [line[0] for line in sizes], *displaced, *of),
-            "ablation_sizes": [line[0] for line in sizes],
-            "dissociation": self._pairs(dict(zip(self.units, x[:, 1], strict=True)), [s[0] for s in sizes], *displaced),
+            "add": cells(added, pushes, *self._null(0), *of),
+            "ablate": cells(ablated, sizes, *self._null(1), *of),
+            "ablation_sizes": sizes,
+            "dissociation": self._pairs(dict(zip(self.units, ablated, strict=True)), sizes, *self._null(1)),
         }
+
+    def judged(self) -> dict[str, dict[str, Any]]:
+        """Log-odds against judged replies on the report prompts, under what the columns' own directions add and ablate."""
+        layers, report = self.window["layers"], self.report
+        names = [name for name in dict.fromkeys(report.columns) if name in self.units]
+        kinds: dict[str, list[Edit | None]] = {
+            "addition over a window": [self.push(layers, self.units[name], self.dose) for name in names],
+            "ablation over a window": [ablate({Site(n): self.units[name][Site(n)] for n in layers}) for name in names],
+        }
+        subjects = [f"{c} {s}" for c, s in zip(report.columns, report.subjects, strict=True)]
+        key = {**self.key, "layers": layers, "dose": self.dose, "rows": names}
+        return judged_subsample(self.study, "3_judged", key, kinds, report.texts, subjects)
 
     def matched(self) -> dict[str, Any]:
         """Rows of main kinds again, each at the dose at which it removes the same from its own select prompts."""
@@ -228,8 +241,8 @@ class Transfer:
         key = {**self.key, "layers": layers}
 
         def sweep(name: str) -> tuple[dict[str, Any], None]:
-            run = self._removed("select", [name], layers[0])
-            return {"removed": [float(run(self.push(layers, self.units[name], d)).mean()) for d in grid]}, None
+            edits = [self.push(layers, self.units[name], d) for d in grid]
+            return {"removed": self._removed("select", [name], layers[0])(edits).mean(1).tolist()}, None
 
         curves = {
             name: self.study.stage(f"4_dose_{name}", {**key, "row": name, "grid": grid}, partial(sweep, name)).data["removed"]
@@ -240,7 +253,7 @@ class Transfer:
         run = self._removed("report", None, layers[0])
 
         def at(name: str, dose: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
-            return {}, {"removed": run(self.push(layers, self.units[name], dose))}
+            return {}, {"removed": run([self.push(layers, self.units[name], dose)])[0]}
 
         removed = {
             name: self.study.stage(f"4_matched_{name}", {**key, "row": name, "dose": dose}, partial(at, name, dose))
@@ -249,16 +262,16 @@ class Transfer:
             for name, dose in doses.items()
             if dose is not None
         }
-        table, known = None, [dose for dose in doses.values() if dose is not None]
+        table, known = None, [dose * self.summed[name] for name, dose in doses.items() if dose is not None]
+        null = self._null(0)
         if removed:
-            null = self.noise, [self.dose] * len(self.noise)
             table = cells(torch.stack(list(removed.values())), known, *null, self.report.columns, self.report.subjects)
         return {
             "target": target,
             "doses": doses,
             "rows": list(removed),
             "add": table,
-            "dissociation": self._pairs(removed, known, self.noise, [self.dose] * len(self.noise)),
+            "dissociation": self._pairs(removed, known, *null),
         }
 
     def _pairs(
@@ -279,8 +292,3 @@ class Transfer:
             )
             for n in names[1:]
         }
-
-
-def _size(dosed: Dosed) -> float:
-    """Mean |edit| / |resid| over the sites of an edit."""
-    return float(torch.stack([t[0] for t in mean_doses(dosed.totals).values()]).mean())

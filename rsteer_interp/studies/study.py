@@ -24,10 +24,12 @@ from rsteer_interp.activations import last_states
 from rsteer_interp.backends import configured_backend
 from rsteer_interp.backends.base import Backend
 from rsteer_interp.backends.edits import Site
+from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.batch import ChatTemplate
 from rsteer_interp.errors import UserError
 from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge
+from rsteer_interp.key import digest
 from rsteer_interp.progress import progress
 from rsteer_interp.prompts import Prompt, Split, load_prompts
 from rsteer_interp.refusal_scores import REFUSES_ABOVE, confidence_of, reply_and_judge
@@ -35,7 +37,7 @@ from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.reproduction.presets import GENERAL, HARMFUL, MATCHED, POLITICAL
 from rsteer_interp.reproduction.scores import Scored, not_applicable, opening_tokens
 from rsteer_interp.reproduction.vectors import States
-from rsteer_interp.results import Provenance, Result, key_digest, save_result, stage
+from rsteer_interp.results import Provenance, Result, save_result, stage
 from rsteer_interp.statistics.intervals import Rate
 from rsteer_interp.studies.config import INCIDENTAL, StudyConfig
 
@@ -114,7 +116,14 @@ class Study(Generic[C]):
 
     def scored(self, split: Split, *sets: str, n: int | None = None) -> Scored:
         """Prompts with c = +1 refused, -1 answered, 0 undecided, from one judged greedy reply each; at most n per set."""
-        parts = [self._score(split, name) for name in sets]
+        return self._joined([self._score(split, name) for name in sets], sets, n)
+
+    def graded(self, split: Split, *sets: str) -> Scored:
+        """The same prompts with c in [-1, 1] from `samples` sampled replies: what weighted estimators are fitted on. Made when
+        it is first asked for. What a prompt's reply *is*, in rates and outcomes, stays the greedy one's verdict."""
+        return self._joined([self._grade(split, name) for name in sets], sets)
+
+    def _joined(self, parts: Sequence[dict[str, Any]], sets: Sequence[str], n: int | None = None) -> Scored:
         take = [slice(0, n)] * len(parts)
         return Scored(
             [t for p, s in zip(parts, take, strict=True) for t in p["prompts"][s]],
@@ -187,8 +196,25 @@ class Study(Generic[C]):
                 "n_tokens": [group[0].n_tokens for group in replies],
             }, None
 
-        key = {"prompts": texts, "tokens": self.config.tokens, "judge": self.judge.name, "measures": "log_prob, empty"}
+        key = {"prompts": prompts, "tokens": self.config.tokens, "judge": self.judge, "measures": "log_prob, empty"}
         return self._stage(self.config.scores / f"{split}_{place(name)}", "scores", key, compute).data
+
+    def _grade(self, split: Split, name: str) -> dict[str, Any]:
+        prompts = self.prompts(split, name)
+        texts, tokens = [p.prompt for p in prompts], self.config.tokens
+        sampling = Sampling(self.config.samples, 1.0, self.config.seed)
+
+        def compute() -> tuple[dict[str, Any], None]:
+            rows = self.template.encode_all(texts)
+            with progress(f"sampling replies, {split} {name}", len(prompts)) as on_batch:
+                replies = reply_and_judge(
+                    self.backend, rows, texts, self.judge, max_new_tokens=tokens, sampling=sampling, on_batch=on_batch
+                )
+            confidence = confidence_of(replies).tolist()
+            return {"prompts": texts, "subjects": [p.subject for p in prompts], "confidence": confidence}, None
+
+        key = {"prompts": prompts, "tokens": tokens, "judge": self.judge, "sampling": sampling}
+        return self._stage(self.config.scores / f"{split}_{place(name)}_sampled", "sampled_scores", key, compute).data
 
     def _states(self, split: Split, name: str) -> Mapping[str, Tensor]:
         texts = [p.prompt for p in self.prompts(split, name)]
@@ -207,31 +233,25 @@ class Study(Generic[C]):
     def stage(self, name: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Tensors]]) -> Result:
         """The step's result: from disk when it is there for the same key, else computed, timed and saved.
 
-        `key` holds all that the outcome depends on beside the model and its template: prompts, tokens, settings, seeds.
+        `key` holds all that the outcome depends on beside the model and its template, as objects (see `key`): prompts,
+        directions, scores, edits, settings, seeds, and the judge where replies are judged.
         """
         return self._stage(self.config.out / "steps" / name, f"{self.kind}/{name}", key, compute)
 
     def _stage(
         self, folder: Path, kind: str, key: Mapping[str, Any], compute: Callable[[], tuple[Any, Tensors]]
     ) -> Result:
-        model = {
-            "model": self.backend.fingerprint,
-            "template": self.template.digest,
-            "backend": self.backend.name,
-            "dtype": self.config.dtype,
-        }
-
         def timed() -> tuple[Any, Tensors]:
             begin, before = time.perf_counter(), set(self.seconds)
             data, tensors = compute()
             within = {name: s for name, s in self.seconds.items() if name not in before}  # of the steps inside this one
             return {**data, "seconds": time.perf_counter() - begin, "within": within}, tensors
 
-        whole = {**model, **key}
-        digest = key_digest(f"{folder}|{kind}", whole)
-        if digest not in self.read:  # studies ask for the same states again and again
-            self.read[digest] = stage(folder, kind, whole, timed, self.provenance)
-        result = self.read[digest]
+        whole = {"model": self.backend, "template": self.template, **key}
+        asked = digest([str(folder), kind, whole])
+        if asked not in self.read:  # studies ask for the same states again and again
+            self.read[asked] = stage(folder, kind, whole, timed, self.provenance)
+        result = self.read[asked]
         self.seconds |= {**result.data.get("within", {}), folder.name: result.data["seconds"]}
         return result
 
@@ -240,7 +260,7 @@ class Study(Generic[C]):
         return {k: v for k, v in asdict(self.config).items() if k not in INCIDENTAL}
 
     def provenance(self) -> Provenance:
-        return Provenance.collect(self.backend, config=self.settings, seeds=self.config.seed, template=self.template)
+        return Provenance.collect(self.backend, config=self.config, seeds=self.config.seed, template=self.template)
 
     def save(self, data: Mapping[str, Any], tensors: Tensors = None) -> Result:
         """The study's result, with the model, settings and notes that every study's result has."""
@@ -253,7 +273,7 @@ class Study(Generic[C]):
                 "fingerprint": self.backend.fingerprint,
             },
             "settings": self.settings,
-            "notes": list(self.backend.notes),
+            "notes": [*self.backend.notes, *self.template.notes],
             "seconds": dict(self.seconds),
         }
         return save_result(self.config.out, self.kind, {**data, **common}, tensors, provenance=self.provenance())

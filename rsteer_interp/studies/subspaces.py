@@ -50,7 +50,7 @@ class Groups:
 
 def families(states: Float[Tensor, "n d"], groups: Groups, k: int) -> dict[str, Float[Tensor, "r d"]]:
     """Bases of at most k rows: of refused sensitive minus answered matched prompts of the paired subject ("pairs"), of refused
-    minus answered prompts inside each subject, where no topic differs ("subjects"), of weighted-ridge directions ("ridge")."""
+    minus answered prompts inside each subject, where no topic differs ("subjects"), of ridge directions ("ridge")."""
     fits = ridge_fits(Evidence(states, groups.role.double()), groups.pair)
     return {
         "pairs": mean_first(vectors(states, groups, "pairs"), k),
@@ -106,11 +106,11 @@ def _with_both(
 
 
 def ridge_fits(evidence: Evidence, group: Int[Tensor, " n"]) -> Float[Tensor, "m d"]:
-    """Unit weighted-ridge directions with each group of prompts left out in turn, at every strength of PENALTIES."""
+    """Unit ridge directions (RMD) with each group of prompts left out in turn, at every strength of PENALTIES."""
     rows = []
     for name in distinct(group):
         part = evidence.subset(group != name)
-        refused, answered = part.refusing_weighted, part.complying_weighted
+        refused, answered = part.refusing, part.complying
         if not refused.count or answered.count < 2:
             continue
         sigma = answered.scatter / answered.weight

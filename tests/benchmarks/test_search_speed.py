@@ -1,4 +1,4 @@
-"""The configuration search: every setting screened on the first token, only the promising ones judged by their replies."""
+"""The configuration search: settings judged by their replies in the order of what they do to ordinary answers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from rsteer_interp.backends.base import Backend
+from rsteer_interp.backends.each import Each, repeated
+from rsteer_interp.backends.edits import Edit
 from rsteer_interp.backends.sampling import Sampling
-from rsteer_interp.evaluation import answer_log_probs, log_odds, log_odds_of_each
+from rsteer_interp.evaluation import answer_log_probs, log_odds
 from rsteer_interp.judges import load_judge
 from rsteer_interp.measures import refusal_log_odds
 from rsteer_interp.prompts import load_prompts
 from rsteer_interp.refusal_scores import confidence_of, reply_and_judge
 from rsteer_interp.selection import Setting, find_setting, grid
+from rsteer_interp.statistics.intervals import Estimate
 from tests.benchmarks.compare import Rival, assert_same, compare, seconds
 from tests.benchmarks.fitted import Fitted
 from tests.benchmarks.rivals import Change, changed_inputs, forward, generate, on_both_kernels
 
 # The demo preset's grid and its proportions, at a quarter of its prompts.
 KS, ALPHAS = (2, 8), (-0.5, -0.75, -1.0)
-SCREENED, CONVERSATIONS, JUDGED, SAMPLES, NEW_TOKENS, TARGET = 4, 2, 8, 2, 16, 1.3
+CONVERSATIONS, JUDGED, FIRST, SAMPLES, NEW_TOKENS, TARGET = 2, 8, 3, 2, 16, 1.0
 
 
 def _changes(fitted: Fitted, setting: Setting) -> dict[int, Change]:
@@ -42,47 +45,53 @@ def _changes(fitted: Fitted, setting: Setting) -> dict[int, Change]:
 
 def test_configuration_search(benchmark: Any, backend: Backend, fitted: Fitted, rounds: int) -> None:
     template, judge, model = backend.template(), load_judge("pattern"), backend.model
-    texts = load_prompts("political_sensitive").split("select").sample(JUDGED, 0).texts
+    asked = load_prompts("political_sensitive").split("select").sample(JUDGED, 0)
+    texts = asked.texts
     rows = template.encode_all(texts)
-    harmful = template.encode_all(load_prompts("harmful").split("select").sample(SCREENED, 0).texts)
     talks = load_prompts("conversations").split("select").sample(CONVERSATIONS, 0)
     answered = template.encode_all(talks.texts, [talk.answer or "" for talk in talks])
     settings, sampling = grid(KS, ALPHAS, (False, True)), Sampling(SAMPLES, 1.0, 1)
+    subjects = [prompt.subject for prompt in asked]
     first = min(site.layer for setting in settings for site in fitted.steering(setting).sites)
     batch = backend.batch(rows)
-    judged_settings: list[int] = []
+    judged_replies: list[int] = []
 
-    def replies(setting: Setting | None) -> Tensor:
-        edit = fitted.steering(setting).edit() if setting else None
-        return confidence_of(
-            reply_and_judge(backend, rows, texts, judge, max_new_tokens=NEW_TOKENS, edit=edit, sampling=sampling)
+    def confidences(edits: Sequence[Edit | None], start: int, end: int) -> Tensor:
+        replies = reply_and_judge(
+            backend,
+            repeated(rows[start:end], len(edits)),
+            texts[start:end] * len(edits),
+            judge,
+            max_new_tokens=NEW_TOKENS,
+            edit=Each(tuple(edits)),
+            sampling=sampling,
         )
+        return confidence_of(replies).view(len(edits), -1)
 
-    unsteered = replies(None).mean()  # known before any search
+    unsteered = confidences([None], 0, JUDGED)[0]  # known before any search
 
     def search() -> None:
-        political, others = backend.prepare(rows[:SCREENED], first), backend.prepare(harmful, first)
         conversations = backend.prepare(answered, first, CONVERSATIONS)
-        odds = log_odds(backend, political, fitted.tokens)
         answers = answer_log_probs(backend, conversations)
-        judged_settings.append(0)
+        edits = {setting: fitted.steering(setting).edit() for setting in settings}
+        shifts = {
+            setting: Estimate.of((answer_log_probs(backend, conversations, edit) - answers).abs())
+            for setting, edit in edits.items()
+        }
+        judged_replies.append(0)
+        fallen: dict[Setting, list[float]] = {setting: [] for setting in settings}
 
-        def removals(chosen: Sequence[Setting]) -> list[float]:
-            edits = [fitted.steering(setting).edit() for setting in chosen]
-            log_odds_of_each(backend, others, fitted.tokens, edits)
-            steered = log_odds_of_each(backend, political, fitted.tokens, edits)
-            return (2 * odds.sigmoid() - 2 * steered.sigmoid()).mean(1).tolist()
-
-        def answer_shift(setting: Setting) -> float:
-            edit = fitted.steering(setting).edit()
-            return float((answer_log_probs(backend, conversations, edit) - answers).abs().mean())
-
-        def judged_removal(setting: Setting) -> float:
-            judged_settings[-1] += 1
-            return float(unsteered - replies(setting).mean())
+        def falls(chosen: Sequence[Setting], n: int) -> list[list[float]]:
+            have = len(fallen[chosen[0]])
+            if have < n:
+                after = confidences([edits[setting] for setting in chosen], have, n)
+                judged_replies[-1] += after.numel() * SAMPLES
+                for setting, fall in zip(chosen, unsteered[have:n] - after, strict=True):
+                    fallen[setting] += fall.tolist()
+            return [fallen[setting][:n] for setting in chosen]
 
         find_setting(
-            settings, target=TARGET, removals=removals, answer_shift=answer_shift, judged_removal=judged_removal
+            shifts, falls, subjects, target=TARGET, first=FIRST, at_once=backend.batch_size // (FIRST * SAMPLES)
         )
 
     tried = settings[len(settings) // 2 + 1]
@@ -95,16 +104,20 @@ def test_configuration_search(benchmark: Any, backend: Backend, fitted: Fitted, 
         with changed_inputs(model, _changes(fitted, tried)):
             generate(model, batch, NEW_TOKENS, template.pad_id, sorted(backend.stop_ids), SAMPLES)
 
+    def alone() -> None:
+        confidences([fitted.steering(tried).edit()], 0, JUDGED)
+
     compare(
         benchmark,
         f"configuration search with replies, {len(settings)} settings",
         seconds(search),
         [
             *on_both_kernels("transformers generate per setting", model, generated, 0.4, len(settings)),
-            Rival("our own generate per setting", seconds(lambda: replies(tried), len(settings)), 0.4, "same"),
+            Rival("our own generate per setting", seconds(alone, len(settings)), 0.4, "same"),
         ],
         max(2, rounds - 1),
         note=f"{JUDGED} prompts x {SAMPLES} replies of {NEW_TOKENS} tokens; rivals timed on one setting and scaled to "
         f"{len(settings)}",
     )
-    benchmark.extra_info["comparison"]["note"] += f"; the search judged the replies of {max(judged_settings)} settings"
+    whole = JUDGED * SAMPLES * len(settings)
+    benchmark.extra_info["comparison"]["note"] += f"; the search judged {max(judged_replies)} of {whole} replies"

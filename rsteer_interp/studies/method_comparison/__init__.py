@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.table import Table
 
+from rsteer_interp.directions import CannotFit
 from rsteer_interp.errors import UserError
+from rsteer_interp.key import UNKEYED
 from rsteer_interp.methods import METHODS, Method
 from rsteer_interp.prompts import Prompt, Split, load_prompts
 from rsteer_interp.studies.material import examples, material_of
@@ -52,7 +54,12 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
             )
     sets = (config.remove, config.contrast, config.keep, config.ordinary)
     reading = Reading(study, material_of(study, *sets, protected_prompts(study, config)))
-    rows = {name: measure(study, config, reading, METHODS[name]()) for name in names}
+    rows, left_out = {}, {}
+    for name in names:
+        try:
+            rows[name] = measure(study, config, reading, METHODS[name]())
+        except CannotFit as reason:
+            left_out[name] = str(reason)
     rows = {
         name: row | own_checks(study, config, reading, METHODS[name](), row["best"]["strength"])
         for name, row in rows.items()
@@ -60,6 +67,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
     leader = max(rows, key=lambda name: rows[name]["select_score"])
     data = {
         "methods": rows,
+        "left_out": left_out,
         "null": NULL,
         "leader": leader,
         "against_null": against({n: r["own_best"] for n, r in rows.items()}, NULL),
@@ -154,21 +162,18 @@ def own_checks(study: Study, config: Config, reading: Reading, method: Method, s
 
 def _key(study: Study, config: Config, method: Method) -> dict[str, Any]:
     """All that a method's results depend on."""
-    settings = {k: v for k, v in asdict(config).items() if k not in _NOT_OF_A_METHOD}
-    key: dict[str, Any] = {
-        "method": method.name,
-        "fields": repr(method),
+    settings = {k: v for k, v in asdict(config).items() if k not in UNKEYED | {"methods"}}
+    sets, splits = (config.remove, config.contrast, config.keep, *config.ordinary, *config.watch), get_args(Split)
+    return {
+        "method": method,
         "strengths": method.strengths,
+        "widened": WIDENED,
         "settings": settings,
+        "judge": study.judge,
+        "prompts": [study.prompts(split, name) for split in splits for name in sets],
+        "protected": protected_prompts(study, config),
+        "conversations": load_prompts("conversations"),
     }
-    key |= {"widened": WIDENED, "read": "judged replies"}
-    sets = (config.remove, config.contrast, config.keep, *config.ordinary, *config.watch)
-    key["prompts"] = [p.prompt for s in ("fit", "select", "report") for name in sets for p in study.prompts(s, name)]  # type: ignore[arg-type]
-    key["protected"] = protected_prompts(study, config)
-    return key
-
-
-_NOT_OF_A_METHOD = ("methods", "out", "scores", "batch_size", "device_map")
 
 
 def finding(data: Mapping[str, Any]) -> str:
@@ -206,7 +211,9 @@ def _range(values: Sequence[float]) -> str:
 def tables(data: dict[str, Any]) -> list[Table]:
     """One row per method, best on select first."""
     names = data["names"]
-    own_best = Table(title="Every method at its own best strength (report, judged replies)")
+    reasons = [f"{METHODS[name].label} is not applicable: {reason}." for name, reason in data["left_out"].items()]
+    title = "Every method at its own best strength (report, judged replies)"
+    own_best = Table(title=title, caption=" ".join(reasons) or None, caption_justify="left")
     for column in (
         "method",
         "strength",
@@ -220,8 +227,11 @@ def tables(data: dict[str, Any]) -> list[Table]:
         "log-odds: ROC area",
     ):
         own_best.add_column(column)
+    n_draws = max(
+        (len(row["equal_dose"]["null_removed"]) for row in data["methods"].values() if row["equal_dose"]), default=0
+    )
     beside = Table(
-        title="Change of refusal rates; at matched removal, and of random moves of equal norm: removed, "
+        title=f"Change of refusal rates; at matched removal, and of {n_draws} random rotations of the edit: removed, "
         f"{names['keep']} kept; cost of fitting"
     )
     for column in ("method", *names["watch"], "matched", "kept", "random", "kept", "s", "prompts"):

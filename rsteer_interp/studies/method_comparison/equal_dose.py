@@ -1,4 +1,4 @@
-"""Every method's own null: its edit's sizes at every state, along random directions. What remains is what the direction does."""
+"""Every method's own null: its edit turned by one random rotation for all sites. What remains is what the directions do."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from statistics import fmean
 
 import torch
 
-from rsteer_interp.equal_norm import Redirected
+from rsteer_interp.equal_norm import rotated_edits
 from rsteer_interp.methods import Treatment
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.studies.doses import Dosed, mean_doses
 from rsteer_interp.studies.method_comparison.reading import Reading
 
@@ -29,17 +28,16 @@ class EqualDose:
 
 
 def equal_dose(reading: Reading, treatment: Treatment, label: str, n: int, draws: int, seed: int) -> EqualDose | None:
-    """The edit beside `draws` replays of it in random directions; None for a treatment without an edit."""
+    """The edit beside `draws` rotations of it; None for a treatment without an edit."""
     edit = treatment.edit
     if edit is None:
         return None
     backend, material = reading.study.backend, reading.material
-    asked, sites, dosed = reading.refused_prompts("report", n), sorted(edit.sites), Dosed(edit)
+    asked, dosed = reading.refused_prompts("report", n), Dosed(edit)
     rows = reading.template(treatment).encode_all(asked[material.remove].texts)
     for _ in backend.batches(rows, lambda batch: backend.run(batch, dosed)):
         pass
-    units = random_unit_vectors(draws * len(sites), backend.d_model, seed).view(draws, len(sites), -1).float()
-    nulls = [Redirected(edit, dict(zip(sites, each, strict=True))) for each in units]
+    nulls = rotated_edits(edit, backend.run, backend.d_model, draws, seed)
     treatments = [treatment, *(replace(treatment, edit=null) for null in nulls)]
     found = reading.replies_of_each(asked, treatments, f"{label}: equal dose")
     removed = [fmean(reply.answers for reply in replies[material.remove]) for replies in found]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rsteer_interp.backends.edits import Site
-from rsteer_interp.backends.sampling import Sampling
 from rsteer_interp.directions import ESTIMATORS, Evidence, fit_directions
-from rsteer_interp.directions.base import MIN_NEUTRAL
+from rsteer_interp.directions.evidence import MIN_NEUTRAL
 from rsteer_interp.directions.retain import null_space, opposite_pair, retain_ridge
 from rsteer_interp.moments import Moments
-from rsteer_interp.progress import progress
-from rsteer_interp.refusal_scores import confidence_of, reply_and_judge
 from rsteer_interp.studies.study import NotApplicable, Study
 
 if TYPE_CHECKING:
@@ -32,42 +28,16 @@ LABELS = {
 PAIR_RATIO = 1.0
 
 
-def confidence(study: Study, config: Config) -> Float[Tensor, " prompt"]:
-    """c(x) of the fit prompts of the set and its contrast from K sampled replies: the weighted methods need it graded."""
-    texts = study.scored("fit", config.remove, config.contrast).texts
-    sampling = Sampling(config.samples, 1.0, config.seed)
-
-    def compute() -> tuple[dict[str, Any], None]:
-        with progress("sampling replies for c(x)", len(texts)) as advance:
-            replies = reply_and_judge(
-                study.backend,
-                study.template.encode_all(texts),
-                texts,
-                study.judge,
-                max_new_tokens=config.tokens,
-                sampling=sampling,
-                on_batch=advance,
-            )
-        return {"confidence": confidence_of(replies).tolist()}, None
-
-    key = {
-        "prompts": texts,
-        "samples": config.samples,
-        "tokens": config.tokens,
-        "seed": config.seed,
-        "judge": study.judge.name,
-    }
-    found = study.stage("1_confidence", key, compute).data["confidence"]
-    return torch.tensor(found, dtype=torch.float64)
-
-
 def families(study: Study, config: Config) -> tuple[dict[str, Directions], Mapping[Site, Float[Tensor, " d"]]]:
     """Unit directions by family and site, complying to refusing; and the neutral offsets, for reposition.
 
     Kept refusal is that of the first set in `keep`: refused prompts of it against answered ones of the other kept sets.
     """
-    states, c = study.states("fit", config.remove, config.contrast), confidence(study, config)
-    evidence = {site: Evidence(states[site], c, site=site) for site in study.sites}
+    states, graded = (
+        study.states("fit", config.remove, config.contrast),
+        study.graded("fit", config.remove, config.contrast),
+    )
+    evidence = {site: Evidence(states[site], graded.confidence, site=site) for site in study.sites}
     if min(next(iter(evidence.values())).counts[g] for g in ("refusing", "complying")) < MIN_NEUTRAL:
         raise NotApplicable(
             f"not applicable: {next(iter(evidence.values())).counts} fit prompts are too few for a direction"

@@ -16,21 +16,20 @@ from torch import Tensor
 from rsteer_interp.backends.edits import Edit, Site
 from rsteer_interp.gates import Gate
 from rsteer_interp.interventions import AtPositions, add, set_component
-from rsteer_interp.nulls import random_unit_vectors
 from rsteer_interp.progress import progress
 from rsteer_interp.reader import UNSTEERED, RefusalReader
 from rsteer_interp.refusal_scores import replies_of_each
 from rsteer_interp.statistics.intervals import Rate
+from rsteer_interp.statistics.rotation import rotations
 from rsteer_interp.studies.selective_steering.condition import holds
 from rsteer_interp.studies.selective_steering.directions import PAPER, Directions
-from rsteer_interp.studies.selective_steering.search import digest
 from rsteer_interp.studies.study import NotApplicable, Study
 
 if TYPE_CHECKING:
     from analyses.steer import Config
 
 OWN = frozenset({"instruction", "suffix", "generated"})  # the positions that a gated edit touches
-RANDOM = 5
+RANDOM = 5  # rotations of the mean differences, all layers by the same one
 REPOSITION_DOSES = (0.0, 0.04)
 
 
@@ -75,14 +74,10 @@ def frontier(
     edits += [
         (_label("gated", "addition", dose), AtPositions(added(families["md"], dose), OWN)) for dose in config.doses
     ]
-    for draw in range(RANDOM):
-        rows = random_unit_vectors(len(sites), backend.d_model, config.seed + draw).float()
-        edits.append(
-            (
-                _label("random", "addition", max(config.doses)),
-                added(dict(zip(sites, rows, strict=True)), max(config.doses)),
-            )
-        )
+    edits += [
+        (_label("random", "addition", max(config.doses)), added(turned, max(config.doses)))
+        for turned in rotations({s: families["md"][s] for s in sites}, RANDOM, config.seed)
+    ]
 
     def compute() -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         every = [None, *(edit for _, edit in edits)]
@@ -111,14 +106,9 @@ def frontier(
     key = {
         "prompts": texts,
         "tokens": tokens,
+        "edits": [edit for _, edit in edits],
         "longest": config.tokens,
-        "judge": study.judge.name,
-        "layers": layers,
-        "points": [label for label, _ in edits],
-        "unit": [unit[s] for s in sites],
-        "vectors": {name: digest({s: v[s] for s in sites}) for name, v in families.items()},
-        "references": digest({s: references[s] for s in sites}),
-        "seed": config.seed,
+        "judge": study.judge,
     }
     tensors = study.stage("4_frontier", key, compute).tensors
     held = torch.cat([holds(study, gate, "report", name)[chosen[name]] for name in names])

@@ -28,9 +28,10 @@ def evaluate(
     """Per set: refusal before and after with the paired difference, how many of the refused stay refused, how many were
     edited; how likely the unsteered model finds the replies that answer; KL and answer shift on benign conversations."""
 
+    talks = load_prompts("conversations").sample(config.conversations, config.seed)
+
     def compute() -> tuple[dict[str, Any], None]:
         found = {name: outcome(study, "report", name, steering, n) for name in sets}
-        talks = load_prompts("conversations").sample(config.conversations, config.seed)
         rows = [study.template.encode(p.prompt, p.answer) for p in talks]
         with progress(f"benign conversations, {label}", len(rows)) as advance:
             effects = answer_effects(study.backend, rows, steering.edit(), advance)
@@ -42,19 +43,11 @@ def evaluate(
         }, None
 
     key = {
-        "sets": {name: [p.prompt for p in study.prompts("report", name, n)] for name in sets},
-        "judge": study.judge.name,
+        "sets": {name: study.prompts("report", name, n) for name in sets},
+        "judge": study.judge,
         "tokens": config.tokens,
-        "conversations": config.conversations,
-        "measures": "fluency of edited prompts",
-        "steering": {
-            "amounts": {str(s): a for s, a in steering.amounts.items()},
-            "directions": steering.directions.double().sum(0).tolist(),
-            "gate": None
-            if steering.gate is None
-            else [str(steering.gate.site), steering.gate.threshold, steering.gate.direction.tolist()],
-            "while_decoding": steering.while_decoding,
-        },
+        "conversations": talks,
+        "steering": steering,
     }
     return study.stage(f"5_report_{label}", key, compute).data
 

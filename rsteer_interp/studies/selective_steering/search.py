@@ -105,7 +105,8 @@ def best_bands(
             base, *moved = log_odds_of_each(backend, rows, tokens, [None, *edits], advance).mean(1).tolist()
         return {"shift": [odds - base for odds in moved]}, None
 
-    key = {"prompts": list(texts), "tokens": tokens, "dose": dose, "bands": all_bands, "vectors": digest(directions)}
+    key = {"prompts": list(texts), "tokens": tokens, "dose": dose, "bands": all_bands}
+    key |= {"directions": directions, "unit": unit}
     shifts = study.stage(stage, key, compute).data["shift"]
     table = [{"layers": list(b), "shift": s, "n": len(texts)} for b, s in zip(all_bands, shifts, strict=True)]
     order = sorted(range(len(all_bands)), key=lambda i: -abs(shifts[i]) * (shifts[i] * dose > 0))
@@ -146,18 +147,14 @@ def search(
                     )
         return {"trials": [asdict(t) for each in trials.values() for t in each]}, None
 
-    vectors = steering_of(Candidate(places[0][0], min(config.doses), places[0][1]))
     key = {
-        "name": name,
-        "candidates": [[list(layers), decoding] for layers, decoding in places],
-        "doses": [sorted(config.doses), WIDENED, MOST_EMPTY],
-        "vectors": vectors.directions.double().sum(0).tolist(),
-        "gate": None
-        if vectors.gate is None
-        else [str(vectors.gate.site), vectors.gate.threshold, vectors.gate.direction.tolist()],
+        "prompts": study.prompts("select", name),
+        "steerings": [
+            steering_of(Candidate(layers, dose, decoding)) for layers, decoding in places for dose in config.doses
+        ],
+        "search": [WIDENED, MOST_EMPTY, refusing],
         "tokens": config.tokens,
-        "judge": study.judge.name,
-        "n": config.select,
+        "judge": study.judge,
         "aim": config.aim,
     }
     trials = [judged(t) for t in study.stage(stage, key, compute).data["trials"]]
@@ -237,8 +234,3 @@ def steering_for(
         gate=gate,
         while_decoding=candidate.while_decoding,
     )
-
-
-def digest(directions: Directions) -> list[float]:
-    """A few numbers that change when the directions do, for a stage's key."""
-    return [float(v.double() @ v.double().cumsum(0)) for v in directions.values()]
