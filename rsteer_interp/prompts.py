@@ -1,7 +1,8 @@
 """PromptSet: prompts with a set name, subject, kind and split; built-in sets, files, and Hugging Face data sets.
 
 Splits (fit / select / report) are disjoint by subject: directions are fitted on one, configurations chosen on the
-second, and everything reported comes from the third.
+second, and everything reported comes from the third. Prompts of the same words, whatever their case and blanks, are one prompt: a set
+holds it once, where it first stands, and no run has it in two splits (`Apart`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.processes import is_first
 from rsteer_interp.prompt_files import Record, fields_of, read_records
 
 Split = Literal["fit", "select", "report"]
@@ -140,7 +144,45 @@ def _checked(name: str, records: Sequence[dict[str, Any]]) -> PromptSet:
     prompts = [Prompt.model_validate({"subject": f"prompt_{i}", "set": name, **row}) for i, row in enumerate(records)]
     if not prompts:
         raise UserError(f"prompt set '{name}' is empty; give at least one prompt")
-    return PromptSet(name, tuple(prompts))
+    once: dict[str, Prompt] = {}
+    for prompt in prompts:
+        once.setdefault(words_of(prompt.prompt), prompt)
+    if len(once) < len(prompts):
+        _say(
+            f"note: prompt set '{name}' has {len(prompts)} prompts of which {len(once)} are different; each counts once, where it "
+            "first stands"
+        )
+    return PromptSet(name, tuple(once.values()))
+
+
+@cache
+def _say(note: str) -> None:
+    """Once for a note, on standard error, by the first process."""
+    if is_first():
+        print(note, file=sys.stderr, flush=True)
+
+
+def words_of(text: str) -> str:
+    """What makes two prompts the same: their words, without case and with single blanks."""
+    return " ".join(text.split()).casefold()
+
+
+class Apart:
+    """Which split each prompt of a run is in, over all its sets: nothing may be reported on a prompt that something was fitted to
+    or chosen on, under whatever set's name."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[Split, str]] = {}
+
+    def check(self, split: Split, prompts: Iterable[Prompt]) -> None:
+        """UserError for a prompt that came up in another split."""
+        for prompt in prompts:
+            found, name = self._places.setdefault(words_of(prompt.prompt), (split, prompt.set))
+            if found != split:
+                raise UserError(
+                    f"'{prompt.prompt[:60]}' is in the {found} split of '{name}' and in the {split} split of '{prompt.set}'; take it "
+                    "out of one of the two sets"
+                )
 
 
 def _built_in(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rsteer_interp.batch import ChatTemplate, Tokens, length_groups, make_batch, thrifty_groups
 from rsteer_interp.errors import UserError
-from rsteer_interp.prompts import BUILT_IN, load_prompts
+from rsteer_interp.prompts import BUILT_IN, Apart, Prompt, load_prompts
 from tests.tiny_models import tiny_tokenizer
 
 TEXTS = ["tell me about the city", "why is the river ?", "write"]
@@ -192,3 +192,45 @@ def test_sets_without_splits_are_split_by_subject(tmp_path: Path) -> None:
     assert [len(parts[name]) for name in ("fit", "select", "report")] == [4, 2, 4]
     assert sorted(s for part in parts.values() for s in part) == prompts.subjects
     assert len(prompts.split("fit")) == 12
+
+
+def test_copies_of_a_prompt_count_once_and_the_user_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eighty copies of one prompt were n = 80, and lay in all three splits."""
+    path = tmp_path / "eighty_copies.txt"
+    path.write_text("Tell me about the city.\n" * 40 + "  tell me  about THE city. \n" * 40 + "Why?\nHow?\nWhen?\n")
+    found = load_prompts(path)
+    assert found.texts == ["Tell me about the city.", "Why?", "How?", "When?"]
+    assert "'eighty_copies' has 83 prompts of which 4 are different" in capsys.readouterr().err
+    load_prompts(path)
+    assert capsys.readouterr().err == ""  # said once
+    splits = [found.split(split).texts for split in ("fit", "select", "report")]
+    assert sorted(text for texts in splits for text in texts) == sorted(found.texts)
+
+
+def test_a_prompt_in_two_splits_of_a_set_stays_where_it_first_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("a", "fit", "one"), ("b", "select", "two"), ("c", "report", "ONE"), ("d", "report", "three")]
+    path = tmp_path / "in_two_splits.jsonl"
+    path.write_text("".join(json.dumps({"prompt": t, "subject": s, "split": w}) + "\n" for s, w, t in rows))
+    found = load_prompts(path)
+    assert found.split("fit").texts == ["one"] and found.split("report").texts == ["three"]
+    assert "4 prompts of which 3 are different" in capsys.readouterr().err
+
+
+def test_a_prompt_in_two_splits_of_a_run_is_one_clear_error() -> None:
+    """Fitted on under one set's name and reported under another's."""
+    apart, ours, theirs = (
+        Apart(),
+        [Prompt(prompt="Why is the sky blue?", set="ours")],
+        [Prompt(prompt="why is  the sky BLUE?", set="theirs"), Prompt(prompt="How?", set="theirs")],
+    )
+    apart.check("fit", ours)
+    apart.check("fit", ours)
+    apart.check("fit", theirs)  # the same split: nothing is measured on what was fitted
+    with pytest.raises(UserError, match="in the fit split of 'ours' and in the report split of 'theirs'"):
+        apart.check("report", theirs)
+    built_in = Apart()
+    for name in BUILT_IN:
+        for split in {p.split for p in load_prompts(name) if p.split}:
+            built_in.check(split, load_prompts(name).split(split))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from rsteer_interp.evaluation import answer_effects, prompted_effects
-from rsteer_interp.studies.method_comparison.outcomes import against
+from rsteer_interp.studies.method_comparison.outcomes import against, beside_null
 from rsteer_interp.studies.method_comparison.selection import WIDENED, Chosen, Trial, beyond, choose
 from tests.tiny_models import tiny_backend
 
@@ -81,6 +82,27 @@ def test_paired_tests_find_a_planted_difference_and_no_other() -> None:
     assert found["better"]["removed"]["q"] < 1e-3 and found["better"]["kept"]["q"] == 1
     assert found["same"]["removed"]["q"] == 1
     assert found["better"]["removed"]["difference"]["value"] == pytest.approx(2 / 3)
+
+
+def test_an_edit_stands_beside_a_set_of_its_rotations() -> None:
+    """No p is below what the number of draws allows, ties count against the method, and a rotation is not beyond rotations."""
+    draws = (0.1, 0.2, 0.15)
+    rows = {
+        "strong": {"removed": 0.9, "null_removed": draws, "kept": 0.15, "null_kept": draws},
+        "tied": {"removed": 0.2, "null_removed": draws, "kept": 0.1, "null_kept": draws},
+        "prompt": None,
+    }
+    found = beside_null(rows)
+    assert set(found) == {"strong", "tied"}
+    assert found["strong"]["removed"]["p"] == found["strong"]["removed"]["least_p"] == 1 / 4
+    assert found["tied"]["removed"]["p"] > 1 / 4 and found["strong"]["kept"]["p"] == 1
+    assert all(0 <= test["p"] <= test["q"] <= 1 for one in found.values() for test in one.values())
+    rng, fired = np.random.default_rng(0), 0
+    for _ in range(400):
+        x = rng.binomial(24, 0.3, 20) / 24
+        one = beside_null({"m": {"removed": x[0], "null_removed": x[1:], "kept": x[0], "null_kept": x[1:]}})["m"]
+        fired += one["removed"]["p"] <= 0.05
+    assert fired / 400 <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
 
 
 def test_effects_under_another_prompt() -> None:

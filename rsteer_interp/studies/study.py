@@ -31,7 +31,7 @@ from rsteer_interp.judges import load_judge
 from rsteer_interp.judges.base import Judge
 from rsteer_interp.key import digest
 from rsteer_interp.progress import progress
-from rsteer_interp.prompts import Prompt, Split, load_prompts
+from rsteer_interp.prompts import Apart, Prompt, Split, load_prompts
 from rsteer_interp.refusal_scores import REFUSES_ABOVE, confidence_of, reply_and_judge
 from rsteer_interp.report.drawing import draw_figures
 from rsteer_interp.reproduction.presets import GENERAL, HARMFUL, MATCHED, POLITICAL
@@ -87,6 +87,7 @@ class Study(Generic[C]):
     config: StudyConfig
     seconds: dict[str, float] = field(default_factory=dict)
     read: dict[str, Result] = field(default_factory=dict, repr=False)
+    apart: Apart = field(default_factory=Apart, repr=False)
 
     @classmethod
     def open(cls, kind: str, config: StudyConfig) -> Study:
@@ -110,9 +111,12 @@ class Study(Generic[C]):
     # -- judged prompts and their states -------------------------------------------------------------------------
 
     def prompts(self, split: Split, name: str, n: int | None = None) -> list[Prompt]:
-        """The first n prompts (all that the configuration allows unless given) of a set's split."""
+        """The first n prompts (all that the configuration allows unless given) of a set's split. UserError where one of them came up
+        in another split, of this set or another."""
         most = getattr(self.config, split)
-        return list(load_prompts(name).split(split).sample(most, self.config.seed))[:n]
+        found = list(load_prompts(name).split(split).sample(most, self.config.seed))
+        self.apart.check(split, found)
+        return found[:n]
 
     def scored(self, split: Split, *sets: str, n: int | None = None) -> Scored:
         """Prompts with c = +1 refused, -1 answered, 0 undecided, from one judged greedy reply each; at most n per set."""

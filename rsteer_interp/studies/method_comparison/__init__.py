@@ -24,6 +24,7 @@ from rsteer_interp.studies.method_comparison.outcomes import (
     against,
     at_matched_removal,
     at_own_best,
+    beside_null,
 )
 from rsteer_interp.studies.method_comparison.reading import Reading
 from rsteer_interp.studies.method_comparison.selection import WIDENED, find_strength
@@ -70,7 +71,7 @@ def compute(study: Study, config: Config) -> tuple[dict[str, Any], None]:
         "left_out": left_out,
         "null": NULL,
         "leader": leader,
-        "against_null": against({n: r["own_best"] for n, r in rows.items()}, NULL),
+        "beside_null": beside_null({n: r["equal_dose"] for n, r in rows.items() if n != NULL}),
         "against_leader": against({n: r["own_best"] for n, r in rows.items()}, leader),
         "base_rates": study.rates("report", config.remove, config.contrast, config.keep, *config.watch),
         "n": {name: len(base.texts) for name, base in reading.refused_prompts("report", config.judged).items()},
@@ -88,7 +89,9 @@ def protected_prompts(study: Study, config: Config) -> tuple[str, ...]:
     for name in dict.fromkeys((config.keep, *config.ordinary, *config.protect)):
         found = load_prompts(name)
         own = any(prompt.split == "fit" for prompt in found)  # the conversations have no fit prompts of their own
-        texts += (found if own else found.unsplit).split("fit").sample(PROTECTED, config.seed).texts
+        part = (found if own else found.unsplit).split("fit").sample(PROTECTED, config.seed)
+        study.apart.check("fit", part)
+        texts += part.texts
     return tuple(text for text in dict.fromkeys(texts) if text not in judged)
 
 
@@ -189,8 +192,7 @@ def finding(data: Mapping[str, Any]) -> str:
         else ""
     )
     edges = sum(row["edge"] for row in rows.values())
-    test = data["against_null"].get(data["leader"])
-    beyond = f" (q = {test['removed']['q']:.2g} against random directions)" if test else ""
+    beyond = _beyond(data["beside_null"].get(data["leader"]))
     return (
         f"Of {len(rows)} methods, each at the strength chosen for it on other prompts, {lead['label']} separates the two refusals best: "
         f"{_percent(own['removed'])} of refused {names['remove']} prompts are answered{beyond} and {_percent(own['kept'])} of refused "
@@ -202,6 +204,17 @@ def finding(data: Mapping[str, Any]) -> str:
 
 def _percent(rate: Mapping[str, Any]) -> str:
     return f"{rate['rate']:.0%} ({100 * rate['low']:.0f} to {100 * rate['high']:.0f}, n = {rate['n']})"
+
+
+def _beyond(test: Mapping[str, Any] | None) -> str:
+    """How the removal stands among that of rotations of the edit; nothing for a treatment without an edit."""
+    if test is None:
+        return ""
+    one = test["removed"]
+    return (
+        f" ({one['n_draws']} random rotations of the edit remove {one['null']:.0%}: p = {one['p']:.2g}, the least that so many can give "
+        f"{one['least_p']:.2g})"
+    )
 
 
 def _range(values: Sequence[float]) -> str:
@@ -220,8 +233,8 @@ def tables(data: dict[str, Any]) -> list[Table]:
         "dose",
         "removed",
         "kept",
-        "q removed",
-        "q kept",
+        "p removed (least)",
+        "p kept (least)",
         "KL, nats",
         "perplexity / own answers (n)",
         "log-odds: ROC area",
@@ -237,7 +250,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
     for column in ("method", *names["watch"], "matched", "kept", "random", "kept", "s", "prompts"):
         beside.add_column(column)
     for name, row in sorted(data["methods"].items(), key=lambda item: -item[1]["select_score"]):
-        own, matched, test = row["own_best"], row["matched"], data["against_null"].get(name)
+        own, matched, test = row["own_best"], row["matched"], data["beside_null"].get(name)
         null = row["equal_dose"]
         own_best.add_row(
             row["label"],
@@ -245,7 +258,7 @@ def tables(data: dict[str, Any]) -> list[Table]:
             f"{null['dose']:.2g}" if null else "",
             _percent(own["removed"]),
             _percent(own["kept"]),
-            *([f"{test[s]['q']:.2g}" for s in ("removed", "kept")] if test else ["", ""]),
+            *([f"{test[s]['p']:.2g} ({test[s]['least_p']:.2g})" for s in ("removed", "kept")] if test else ["", ""]),
             interval(own["kl"], 3),
             _ratio(own["fluency"]),
             _area(own["read_out"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from rsteer_interp.nulls import false_discovery
 from rsteer_interp.prompts import Prompt
 from rsteer_interp.reader import validation_of
 from rsteer_interp.refusal_scores import Reply
+from rsteer_interp.statistics.draws import Beside
 from rsteer_interp.statistics.intervals import Estimate, Rate
 from rsteer_interp.statistics.paired import PairedRates
 from rsteer_interp.studies.method_comparison.reading import Reading
@@ -98,6 +100,28 @@ def against(rows: Mapping[str, Mapping[str, Any]], reference: str) -> dict[str, 
             paired = PairedRates.of(*flags, clusters=rows[reference]["subjects"][share])
             found[name][share] = {"difference": asdict(paired.difference), "p": paired.p}
     tests = [found[name][share] for share in ("removed", "kept") for name in others]
+    for test, q in zip(tests, false_discovery([t["p"] for t in tests]) if tests else (), strict=True):
+        test["q"] = q
+    return found
+
+
+def beside_null(rows: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """Every method's edit beside the rotations of it (`EqualDose`, as plain values): the two shares, their null's mean, two-sided p,
+    the least that so many draws can give, and q over all these tests. A single random direction would be one draw of the null."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        if row is not None:
+            found[name] = {}
+            for share in ("removed", "kept"):
+                one = Beside.of(row[share], row[f"null_{share}"])
+                found[name][share] = {
+                    "value": one.value,
+                    "null": fmean(one.draws),
+                    "p": one.p(),
+                    "least_p": one.least_p,
+                    "n_draws": len(one.draws),
+                }
+    tests = [test for shares in found.values() for test in shares.values()]
     for test, q in zip(tests, false_discovery([t["p"] for t in tests]) if tests else (), strict=True):
         test["q"] = q
     return found

@@ -92,11 +92,10 @@ def prompt_states(
 ) -> Mapping[Site, Float[Tensor, "prompt d"]]:
     """What a condition reads of a set's prompts, at every layer where one is looked for. Nothing needs to be judged for it, so
     on fit it takes more prompts than directions do."""
-    chosen = (
-        load_prompts(name).split("fit").sample(FITTED, study.config.seed)
-        if split == "fit"
-        else study.prompts(split, name)
-    )
+    chosen = study.prompts(split, name)
+    if split == "fit":
+        chosen = list(load_prompts(name).split("fit").sample(FITTED, study.config.seed))
+        study.apart.check("fit", chosen)
     texts = [p.prompt for p in chosen]
 
     def compute() -> tuple[dict[str, Any], Mapping[str, Tensor]]:
