@@ -132,7 +132,7 @@ def pure_topic(seed: int) -> tuple[Tensor, Groups]:
     rate = (torch.randn(26, generator=g) + torch.where(torch.arange(26) % 2 == 0, 1.0, -1.5)).sigmoid()
     role = (torch.rand(len(subject), generator=g) < rate[subject]).long() * 2 - 1
     states = 3 * torch.randn(26, 24, generator=g)[subject] + torch.randn(len(subject), 24, generator=g)
-    states[:, 0] += 8.0 * sensitive
+    states[:, 0] += 20.0 * sensitive
     return states.double(), Groups(role, sensitive, subject, subject // 2)
 
 
