@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rsteer_interp.errors import UserError
+from rsteer_interp.prompt_files import read_records
 from rsteer_interp.prompts import Prompt, PromptSet, load_prompts
 
 
@@ -59,10 +60,11 @@ def test_what_a_csv_writer_writes_is_what_is_read(texts: list[str]) -> None:
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerows([["prompt", "subject"], *([text, "s"] for text in texts)])
+    lines = "\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
     with TemporaryDirectory() as folder:
-        assert read(Path(folder), "a.csv", out.getvalue()).texts == texts
-        lines = "\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
-        assert read(Path(folder), "a.jsonl", lines).texts == texts
+        for name, content in (("a.csv", out.getvalue()), ("a.jsonl", lines)):
+            (path := Path(folder) / name).write_bytes(content.encode())
+            assert [row["prompt"] for row in read_records(path)] == texts  # every row, those that repeat another, too
 
 
 def test_a_long_cell_is_read_whole(tmp_path: Path) -> None:
@@ -145,8 +147,9 @@ def test_nulls_are_nothing_and_numbers_are_labels(tmp_path: Path) -> None:
 
 def test_one_turn_is_a_prompt_and_more_is_said(tmp_path: Path) -> None:
     user, answer = {"role": "user", "content": "Tell me"}, {"role": "assistant", "content": "Gladly."}
-    prompts = table(tmp_path, [{"messages": [user]}, {"messages": [user, answer]}])
-    assert prompts.texts == ["Tell me", "Tell me"] and prompts.prompts[1].answer == "Gladly."
+    more = user | {"content": "Tell me more"}
+    prompts = table(tmp_path, [{"messages": [user]}, {"messages": [more, answer]}])
+    assert prompts.texts == ["Tell me", "Tell me more"] and prompts.prompts[1].answer == "Gladly."
     assert read(tmp_path, "a.json", json.dumps([{"conversations": [{"from": "human", "value": "Tell me"}]}])).texts == [
         "Tell me"
     ]
