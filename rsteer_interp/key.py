@@ -95,10 +95,10 @@ def versions() -> dict[str, str]:
 def of_model(backend: Any) -> dict[str, Any]:
     """What of a loaded model (a `Backend`, read by attribute) results depend on.
 
-    Always its fingerprint (all weights, where it has none), backend and dtype. In float32 another batch size, attention
-    kernel or device moves log-odds by some 1e-5, less than anything that is reported. Below float32, in TF32 and with
-    quantised weights they move by some 1e-2, and verdicts with them: then the batch size asked for, the kernel, the
-    kinds of devices and the number of processes that share the prompts out enter too. The make of a GPU does not.
+    Always its fingerprint (all weights, where it has none), backend and dtype. Another batch size, attention kernel or
+    device moves log-odds by rounding: in float32 by less than anything that is reported. Below float32, in TF32 and with
+    quantised weights verdicts move with them: then the batch size asked for, the kernel, the kinds of devices and the
+    number of processes that share the prompts out enter too. The make of a GPU does not.
     """
     weights = dict(backend.model.named_parameters())
     found = {
